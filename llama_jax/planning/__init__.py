@@ -1,0 +1,1 @@
+"""What a run needs and what a machine has: chips, and the plans that are computed from them."""

@@ -1,0 +1,93 @@
+"""Chips as data: the peaks that MFU, rooflines and memory plans are measured against.
+
+TPU figures are Google's published specifications, GPU figures NVIDIA's data sheets: dense bf16 (no sparsity), memory in units of 1e9 bytes.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator chip; jax may show it as several devices.
+
+    Args:
+        name: Common name, such as "v5e" or "H100".
+        peak_bf16_flops: Dense bf16 matmul peak of the chip, in FLOP/s.
+        hbm_bytes: Memory of the chip in bytes; the runtime reserves a little of it.
+        hbm_bytes_per_s: Memory bandwidth of the chip in bytes/s.
+        devices: How many jax devices share the chip.
+    """
+
+    name: str
+    peak_bf16_flops: float
+    hbm_bytes: float
+    hbm_bytes_per_s: float
+    devices: int = 1
+
+    @property
+    def device_peak_bf16_flops(self) -> float:
+        """The peak of one jax device, in FLOP/s: what MFU divides by."""
+        return self.peak_bf16_flops / self.devices
+
+    @property
+    def device_hbm_bytes(self) -> float:
+        """The memory of one jax device in bytes."""
+        return self.hbm_bytes / self.devices
+
+    @property
+    def device_hbm_bytes_per_s(self) -> float:
+        """The memory bandwidth of one jax device in bytes/s."""
+        return self.hbm_bytes_per_s / self.devices
+
+
+V4 = Chip("v4", 275e12, 32e9, 1.2e12)
+V5E = Chip("v5e", 197e12, 16e9, 0.82e12)
+V5P = Chip("v5p", 459e12, 95e9, 2.77e12)
+V6E = Chip("v6e", 918e12, 32e9, 1.64e12)
+V7X = Chip("v7x", 2307e12, 192e9, 7.4e12, devices=2)
+# The T4 has no bf16 units: the figure is its fp16 peak, which bf16 work there does not reach.
+T4 = Chip("T4", 65e12, 16e9, 0.32e12)
+L4 = Chip("L4", 121e12, 24e9, 0.3e12)
+A100_40GB = Chip("A100 40GB", 312e12, 40e9, 1.555e12)
+A100_80GB = Chip("A100 80GB", 312e12, 80e9, 2.039e12)
+H100 = Chip("H100", 989e12, 80e9, 3.35e12)
+H100_PCIE = Chip("H100 PCIe", 756e12, 80e9, 2.0e12)
+H200 = Chip("H200", 989e12, 141e9, 4.8e12)
+
+CHIPS = (V4, V5E, V5P, V6E, V7X, T4, L4, A100_40GB, A100_80GB, H100, H100_PCIE, H200)
+
+# Part of jax's `device_kind` -> chip. The first match counts, so the longer of two names stands first.
+_DEVICE_KINDS = (
+    ("TPU v4 lite", None),  # v4i, an inference chip with other figures
+    ("TPU v4", V4),
+    ("TPU v5 lite", V5E),
+    ("TPU v5e", V5E),
+    ("TPU v5", V5P),  # jax says "TPU v5" or "TPU v5p"
+    ("TPU v6", V6E),  # "TPU v6 lite" or "TPU v6e"
+    ("TPU7x", V7X),
+    ("TPU v7x", V7X),
+    ("Tesla T4", T4),
+    ("NVIDIA L4", L4),
+    ("A100-SXM4-40GB", A100_40GB),
+    ("A100-PCIE-40GB", A100_40GB),
+    ("A100", A100_80GB),
+    ("H100 PCIe", H100_PCIE),
+    ("H100 NVL", None),  # 94 GB and a lower clock than the SXM part
+    ("H100", H100),
+    ("H200", H200),
+)
+
+
+def chip_of_kind(device_kind: str) -> Chip | None:
+    """The chip that jax calls `device_kind`, or None where its peaks are not known (a CPU, an unlisted GPU)."""
+    for part, chip in _DEVICE_KINDS:
+        # "L40S" is no L4: after the part the name must end or go on with something that is no digit.
+        at = device_kind.find(part)
+        if at >= 0 and not device_kind[at + len(part) : at + len(part) + 1].isdigit():
+            return chip
+    return None
+
+
+def detect(device) -> Chip | None:
+    """The chip under a `jax.Device`, or None where its peaks are not known; MFU is not shown then."""
+    return None if device.platform == "cpu" else chip_of_kind(device.device_kind)

@@ -1,0 +1,74 @@
+"""Chips: each jax device kind maps to its chip, and the numbers are the published ones."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from llama_jax.planning import hardware
+
+# peak bf16 TFLOP/s, memory in GB, memory in TB/s, per chip
+PUBLISHED = {
+    "v4": (275, 32, 1.2),
+    "v5e": (197, 16, 0.82),
+    "v5p": (459, 95, 2.77),
+    "v6e": (918, 32, 1.64),
+    "v7x": (2307, 192, 7.4),
+    "T4": (65, 16, 0.32),
+    "L4": (121, 24, 0.3),
+    "A100 40GB": (312, 40, 1.555),
+    "A100 80GB": (312, 80, 2.039),
+    "H100": (989, 80, 3.35),
+    "H100 PCIe": (756, 80, 2.0),
+    "H200": (989, 141, 4.8),
+}
+
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v7x",
+    "Tesla T4": "T4",
+    "NVIDIA L4": "L4",
+    "NVIDIA A100-SXM4-40GB": "A100 40GB",
+    "NVIDIA A100-PCIE-40GB": "A100 40GB",
+    "NVIDIA A100-SXM4-80GB": "A100 80GB",
+    "NVIDIA A100 80GB PCIe": "A100 80GB",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 PCIe": "H100 PCIe",
+    "NVIDIA H200": "H200",
+}
+UNKNOWN = ["cpu", "TPU v2", "TPU v3", "TPU v4 lite", "NVIDIA L40", "NVIDIA L40S", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090"]
+
+
+def test_the_table_holds_the_published_numbers():
+    table = {c.name: (c.peak_bf16_flops / 1e12, c.hbm_bytes / 1e9, c.hbm_bytes_per_s / 1e12) for c in hardware.CHIPS}
+    assert table.keys() == PUBLISHED.keys()
+    for name, numbers in PUBLISHED.items():
+        assert table[name] == pytest.approx(numbers, rel=1e-12), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_device_kind_names_its_chip(kind):
+    platform = "tpu" if "TPU" in kind else "gpu"
+    assert hardware.detect(SimpleNamespace(platform=platform, device_kind=kind)).name == KINDS[kind]
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unlisted_kind_is_unknown_rather_than_a_neighbour(kind):
+    assert hardware.chip_of_kind(kind) is None
+
+
+def test_a_cpu_has_no_peak():
+    assert hardware.detect(jax.devices("cpu")[0]) is None
+
+
+def test_two_devices_share_a_v7x_chip():
+    assert hardware.V7X.device_peak_bf16_flops == 2307e12 / 2
+    assert hardware.V7X.device_hbm_bytes == 96e9
+    assert hardware.V7X.device_hbm_bytes_per_s == 3.7e12
+    assert all(chip.devices == 1 for chip in hardware.CHIPS if chip is not hardware.V7X)
