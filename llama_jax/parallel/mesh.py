@@ -1,0 +1,163 @@
+"""The mesh and the one table that says which logical axis lies on which mesh axis.
+
+Mesh axes: `data` (replicas of the parameters; also across slices), `fsdp` (parameters and optimizer sharded, gathered layer by layer), `context` (the sequence
+sharded), `tensor` (heads, feed-forward and vocabulary sharded). No other module names a mesh axis.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+# Logical axis -> mesh axes. The first block are axes of parameters, the second of activations.
+RULES: dict[str, tuple[str, ...]] = {
+    "layer": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "context"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "ffn": ("tensor",),
+    # Activations: every device that holds other parameters holds other sequences, so a batch is split over fsdp too.
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "kv_length": (),
+    "act_embed": (),
+}
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes have these logical names (None: not sharded)."""
+    return PartitionSpec(*(RULES[axis] or None if axis is not None else None for axis in axes))
+
+
+def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The NamedSharding on `mesh` of an array whose axes have these logical names."""
+    return NamedSharding(mesh, partition_spec(axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Says how an activation is laid out on the ambient mesh (`jax.set_mesh`); without one, returns it as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def parse_mesh(text: str, n_devices: int) -> dict[str, int]:
+    """Reads a mesh such as `auto`, `fsdp=8` or `data=2,fsdp=-1,tensor=4` (-1: whatever is left) into a size per mesh axis.
+
+    `auto` is fully sharded data parallelism over every device: the layout that needs no collective inside a matmul and splits all memory.
+
+    Raises:
+      UserError: an unknown axis, a size that is not a number, or sizes whose product is not the number of devices.
+    """
+    if text == "auto":
+        return dict.fromkeys(MESH_AXES, 1) | {"fsdp": n_devices}
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
+        if not match or match[1] not in MESH_AXES:
+            raise UserError(
+                f"--mesh {text!r}: cannot read {part.strip()!r}; expected 'auto' or AXIS=SIZE pairs such as 'fsdp=4,tensor=2' "
+                f"with axes {', '.join(MESH_AXES)}"
+            )
+        sizes[match[1]] = int(match[2])
+    unknown = [axis for axis, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(unknown) > 1:
+        raise UserError(f"--mesh {text!r}: only one axis may be -1, found {', '.join(unknown)}")
+    if unknown and n_devices % known == 0:
+        sizes[unknown[0]] = n_devices // known
+    if math.prod(sizes.values()) != n_devices:
+        raise UserError(
+            f"--mesh {text!r} asks for {known} device{'s' * (known != 1)}{' or a multiple' if unknown else ''}, but {n_devices} "
+            f"{'is' if n_devices == 1 else 'are'} present; try --mesh auto"
+        )
+    return sizes
+
+
+def check_divides(sizes: dict[str, int], model: LlamaConfig, rows: int | None = None, length: int | None = None) -> None:
+    """Checks that every sharded axis divides evenly, before anything is compiled.
+
+    Args:
+      sizes: devices per mesh axis.
+      model: whose heads, widths and vocabulary are to be split.
+      rows: sequences that are in one micro-batch, if any.
+      length: tokens in a sequence, if any.
+
+    Raises:
+      UserError: names the axis, its size and the sizes that would work.
+    """
+    extents = {
+        "heads": ("n_heads", model.n_heads),
+        "kv_heads": ("n_kv_heads", model.n_kv_heads),
+        "ffn": ("ffn_dim", model.ffn_dim),
+        "vocab": ("vocab_size", model.vocab_size),
+        "embed": ("dim", model.dim),
+        "batch": ("sequences in a micro-batch", rows),
+        "length": ("sequence length", length),
+    }
+    n_devices = math.prod(sizes.values())
+    for logical, (name, extent) in extents.items():
+        ways = math.prod(sizes[axis] for axis in RULES[logical])
+        if extent is not None and extent % ways:
+            fitting = [n for n in range(1, n_devices + 1) if n_devices % n == 0 and extent % n == 0]
+            raise UserError(
+                f"mesh {format_mesh(sizes)}: {name} {extent} does not divide over {'*'.join(RULES[logical])} = {ways} devices; "
+                f"{'*'.join(RULES[logical])} may be one of {fitting}"
+            )
+
+
+def format_mesh(sizes: dict[str, int]) -> str:
+    """The sizes as `--mesh` takes them, axes of size one left out."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+
+
+def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh that `text` describes (see `parse_mesh`) over all devices, or over those given.
+
+    Raises:
+      UserError: the text cannot be read or does not fit the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = parse_mesh(text, len(devices))
+    # Auto axis types: the partitioner follows the constraints; jax.make_mesh would default to explicit ones.
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def mesh_sizes(mesh: Mesh) -> dict[str, int]:
+    """Devices per mesh axis."""
+    return dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+
+
+def batch_rows_of_process(mesh: Mesh, rows: int) -> slice:
+    """Which rows of a global batch of `rows` this process has to provide: the span of those its own devices hold."""
+    indices = sharding(mesh, "batch").devices_indices_map((rows,))
+    mine = [indices[d][0].indices(rows)[:2] for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    return slice(min(start for start, _ in mine), max(stop for _, stop in mine))
+
+
+def global_array(mesh: Mesh, local: np.ndarray, *axes: str | None, rows: int) -> jax.Array:
+    """Assembles a global array from this process's rows (the span that `batch_rows_of_process` names).
+
+    Args:
+      mesh: the mesh it lies on.
+      local: this process's rows, all of every other axis.
+      axes: logical names of the array's axes, the first being the rows.
+      rows: rows of the global array.
+    """
+    span = batch_rows_of_process(mesh, rows)
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        return local[(slice(start - span.start, stop - span.start), *index[1:])]
+
+    return jax.make_array_from_callback((rows, *local.shape[1:]), sharding(mesh, *axes), shard)
