@@ -8,21 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator chip; jax may show it as several devices.
-
-    Args:
-        name: Common name, such as "v5e" or "H100".
-        peak_bf16_flops: Dense bf16 matmul peak of the chip, in FLOP/s.
-        hbm_bytes: Memory of the chip in bytes; the runtime reserves a little of it.
-        hbm_bytes_per_s: Memory bandwidth of the chip in bytes/s.
-        devices: How many jax devices share the chip.
-    """
+    """One accelerator chip; jax may show it as several devices."""
 
     name: str
+    """Common name, such as "v5e" or "H100"."""
     peak_bf16_flops: float
+    """Dense bf16 matmul peak of the chip, in FLOP/s."""
     hbm_bytes: float
+    """Memory of the chip in bytes; the runtime reserves a little of it."""
     hbm_bytes_per_s: float
+    """Memory bandwidth of the chip in bytes/s."""
     devices: int = 1
+    """How many jax devices share the chip."""
 
     @property
     def device_peak_bf16_flops(self) -> float:
