@@ -1,0 +1,106 @@
+"""Next-token cross-entropy in which the (B, T, V) logits never exist whole."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.parallel.mesh import constrain
+
+
+class LossSums(NamedTuple):
+    """Sums over the tokens of a batch, float32 scalars; only `loss` carries a gradient."""
+
+    loss: jax.Array
+    """Weighted sum of what is minimised: cross-entropy and, where asked for, the z-loss."""
+    nats: jax.Array
+    """Weighted sum of the cross-entropy alone, in nats."""
+    correct: jax.Array
+    """Weighted number of tokens whose most likely prediction is right."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def token_loss(
+    x_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    chunk: int,
+    z_loss: float = 0.0,
+) -> LossSums:
+    """Weighted sums of next-token cross-entropy, computed a chunk of every sequence at a time.
+
+    The gradient is formed in the forward pass while a chunk's logits exist: the loss is a plain weighted sum, so its gradient needs no knowledge of
+    what comes after, and the head matmul is done three times (logits, two gradients) instead of four.
+
+    Args:
+      x_BTD: hidden states after the final norm.
+      head_DV: output head, in x's dtype.
+      targets_BT: int32 ids of the tokens to predict.
+      weights_BT: float32 weight of each target; 0 leaves it out.
+      chunk: tokens of a sequence whose logits exist at once.
+      z_loss: weight of log(Z)^2, which keeps logits from drifting; 0 for the paper's plain cross-entropy.
+    """
+    return _forward(x_BTD, head_DV, targets_BT, weights_BT, chunk, z_loss, with_grads=False)[0]
+
+
+def _token_loss_fwd(x_BTD, head_DV, targets_BT, weights_BT, chunk, z_loss):
+    return _forward(x_BTD, head_DV, targets_BT, weights_BT, chunk, z_loss, with_grads=True)
+
+
+def _token_loss_bwd(chunk, z_loss, grads, cotangent):
+    dx_BTD, dhead_DV = grads
+    scale = cotangent.loss
+    # The head's gradient is a sum over every token: it stays in float32 until here, and leaves in the dtype of the head, which is x's.
+    return (dx_BTD * scale).astype(dx_BTD.dtype), (dhead_DV * scale).astype(dx_BTD.dtype), None, None
+
+
+def _forward(x_BTD, head_DV, targets_BT, weights_BT, chunk, z_loss, with_grads):
+    B, T, D = x_BTD.shape
+    chunk = min(chunk, T)
+    n_chunks = -(-T // chunk)
+    pad = n_chunks * chunk - T
+
+    def split(a):  # (B, T, ...) -> (n_chunks, B, chunk, ...); the padding has weight 0
+        a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(B, n_chunks, chunk, *a.shape[2:]), 1, 0)
+
+    def step(carry, inputs):
+        sums, dhead_DV = carry
+        x, targets, weights = inputs
+        logits = jnp.einsum("BTD,DV->BTV", x, head_DV).astype(jnp.float32)
+        logits = constrain(logits, "batch", None, "vocab")
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+        nats = log_z - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+        right = jnp.argmax(logits, axis=-1) == targets
+        # where, not multiplication: a masked infinity must not become a NaN
+        keep = weights > 0
+        nats, penalty = jnp.where(keep, nats, 0.0), jnp.where(keep, log_z**2, 0.0)
+        sums = LossSums(
+            sums.loss + jnp.sum(weights * (nats + z_loss * penalty)),
+            sums.nats + jnp.sum(weights * nats),
+            sums.correct + jnp.sum(weights * right),
+        )
+        if not with_grads:
+            return (sums, dhead_DV), None
+        slope = jnp.where(keep, weights, 0.0)[..., None]
+        probabilities = jnp.exp(logits - log_z[..., None])
+        dlogits = slope * (probabilities * (1 + 2 * z_loss * log_z[..., None]) - hit)
+        dlogits = jnp.where(keep[..., None], dlogits, 0.0).astype(x.dtype)
+        dx = jnp.einsum("BTV,DV->BTD", dlogits, head_DV)
+        dhead_DV = dhead_DV + jnp.einsum("BTV,BTD->DV", dlogits, x, preferred_element_type=jnp.float32)
+        return (sums, dhead_DV), dx
+
+    zero = jnp.zeros((), jnp.float32)
+    dhead_DV = jnp.zeros(head_DV.shape if with_grads else (), jnp.float32)
+    carry = (LossSums(zero, zero, zero), dhead_DV)
+    (sums, dhead_DV), dx = jax.lax.scan(step, carry, (split(x_BTD), split(targets_BT), split(weights_BT)))
+    if not with_grads:
+        return sums, None
+    dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(B, n_chunks * chunk, D)[:, :T]
+    return sums, (dx_BTD, dhead_DV)
+
+
+token_loss.defvjp(_token_loss_fwd, _token_loss_bwd)

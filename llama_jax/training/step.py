@@ -1,0 +1,185 @@
+"""One training step: gradients of the mean loss over a global batch, and the optimizer's update (paper 2.2)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama_jax.config import Compute, LlamaConfig
+from llama_jax.model import transformer
+from llama_jax.model.transformer import Llama
+from llama_jax.parallel.mesh import sharding
+from llama_jax.training.loss import LossSums, token_loss
+
+
+class TokenBatch(NamedTuple):
+    """A global batch on the devices, every array (B, T)."""
+
+    tokens_BT: jax.Array
+    """int32 inputs."""
+    targets_BT: jax.Array
+    """int32 token that follows each input."""
+    segment_ids_BT: jax.Array
+    """int32 document within the row; attention stays inside it."""
+    positions_BT: jax.Array
+    """int32 position within the segment."""
+    loss_mask_BT: jax.Array
+    """bool, whether the target is to be learnt."""
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a step reads and writes; with the data cursor, everything that a checkpoint needs."""
+
+    step: jax.Array
+    """int32, batches seen."""
+    model: Llama
+    """float32 master weights."""
+    opt_state: optax.OptState
+    """The optimizer's moments, laid out as the weights."""
+    skipped: jax.Array
+    """int32, steps skipped because loss or gradient was not finite."""
+    skipped_in_row: jax.Array
+    """int32, the same since the last good step."""
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports: float32 or int32 scalars."""
+
+    loss: jax.Array
+    """Mean cross-entropy per target, nats."""
+    accuracy: jax.Array
+    """Share of targets that were the most likely prediction."""
+    grad_norm: jax.Array
+    """Global norm of the gradient before clipping."""
+    targets: jax.Array
+    """Targets that counted."""
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+def init_state(config: LlamaConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """A fresh state with random weights."""
+    return new_state(transformer.init(config, key), optimizer)
+
+
+def new_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 around existing weights."""
+    step, skipped, skipped_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: a step donates each
+    return TrainState(step, model, optimizer.init(model), skipped, skipped_in_row)
+
+
+def state_shardings(config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The sharding of every array of a state: moments as their weights, counters on every device."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda: new_state(transformer.init(config, jax.random.key(0)), optimizer))
+    model = transformer.shardings(config, mesh)
+    moments = optax.tree_map_params(
+        optimizer, lambda _, s: s, shapes.opt_state, model, transform_non_params=lambda _: replicated
+    )
+    return TrainState(replicated, model, moments, replicated, replicated)
+
+
+def abstract_state(config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state as shapes, dtypes and shardings, for compiling and restoring without memory."""
+    shapes = jax.eval_shape(lambda: new_state(transformer.init(config, jax.random.key(0)), optimizer))
+    return jax.tree.map(
+        lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), shapes, state_shardings(config, optimizer, mesh)
+    )
+
+
+def abstract_batch(mesh: Mesh, rows: int, length: int) -> TokenBatch:
+    """A batch as shapes, dtypes and shardings."""
+    layout = sharding(mesh, "batch", "length")
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=layout)
+    return TokenBatch(ids, ids, ids, ids, jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=layout))
+
+
+def batch_loss(model: Llama, batch: TokenBatch, weights_BT: jax.Array, compute: Compute, z_loss: float = 0.0) -> LossSums:
+    """Weighted loss sums of a batch; see `token_loss`."""
+    x_BTD = model.hidden(
+        batch.tokens_BT, positions_BT=batch.positions_BT, segment_ids_BT=batch.segment_ids_BT, compute=compute
+    )
+    return token_loss(x_BTD, model.output_head().astype(x_BTD.dtype), batch.targets_BT, weights_BT, compute.loss_chunk, z_loss)
+
+
+def make_train_step(
+    optimizer: optax.GradientTransformation,
+    compute: Compute,
+    *,
+    micro_batches: int = 1,
+    z_loss: float = 0.0,
+    layout: TrainState | None = None,
+) -> Callable[[TrainState, TokenBatch], tuple[TrainState, StepMetrics]]:
+    """Builds the jitted step; it donates the state it is given.
+
+    The loss is the mean over every target of the global batch, so neither the number of micro-batches nor the number of devices changes it.
+    A step whose loss or gradient is not finite changes nothing but the counters.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      compute: precision, kernel, rematerialisation.
+      micro_batches: parts the batch is split into, one after the other, to save memory; must divide the rows each device holds.
+      z_loss: weight of log(Z)^2.
+      layout: shardings of the state on the ambient mesh, from `state_shardings`; none on a single device.
+    """
+
+    def mean_gradients(model: Llama, batch: TokenBatch) -> tuple[LossSums, Llama]:
+        weights_BT = batch.loss_mask_BT / jnp.maximum(batch.loss_mask_BT.sum(), 1).astype(jnp.float32)
+
+        def loss(model: Llama, part: TokenBatch, weights: jax.Array) -> tuple[jax.Array, LossSums]:
+            sums = batch_loss(model, part, weights, compute, z_loss)
+            return sums.loss, sums
+
+        def gradients(part: TokenBatch, weights: jax.Array) -> tuple[LossSums, Llama]:
+            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, part, weights)
+            return sums, (grads if layout is None else jax.lax.with_sharding_constraint(grads, layout.model))
+
+        if micro_batches == 1:
+            return gradients(batch, weights_BT)
+
+        def split(a_BT: jax.Array) -> jax.Array:
+            # Row r goes to part r % micro_batches: every part lies on every device, and no row moves.
+            return a_BT.reshape(-1, micro_batches, *a_BT.shape[1:]).swapaxes(0, 1)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(*part)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, batch, weights_BT))
+        return jax.lax.scan(add, zeros, jax.tree.map(split, (batch, weights_BT)))[0]
+
+    def step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, StepMetrics]:
+        sums, grads = mean_gradients(state.model, batch)
+        grad_norm = optax.global_norm(grads)
+        good = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+        model, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (model, opt_state), (state.model, state.opt_state)
+        )
+        state = TrainState(
+            state.step + 1,
+            model,
+            opt_state,
+            state.skipped + ~good,
+            jnp.where(good, 0, state.skipped_in_row + 1),
+        )
+        targets = batch.loss_mask_BT.sum()
+        return state, StepMetrics(sums.nats, sums.correct, grad_norm, targets, state.skipped, state.skipped_in_row)
+
+    return jax.jit(step, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
+
+
+def make_eval_step(compute: Compute) -> Callable[[Llama, TokenBatch], tuple[jax.Array, jax.Array]]:
+    """Builds the jitted evaluation of one batch: total nats over its targets, and how many there are."""
+
+    @jax.jit
+    def evaluate(model: Llama, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
+        weights_BT = batch.loss_mask_BT.astype(jnp.float32)
+        return batch_loss(model, batch, weights_BT, compute).nats, batch.loss_mask_BT.sum()
+
+    return evaluate
