@@ -19,7 +19,16 @@ _PRESETS = (
     *("LLAMA2_7B", "LLAMA2_13B", "LLAMA2_34B", "LLAMA2_70B"),
     *("LLAMA1_7B", "LLAMA1_13B", "LLAMA1_33B", "LLAMA1_65B"),
     *("CODE_LLAMA_7B", "CODE_LLAMA_13B", "CODE_LLAMA_34B", "CODE_LLAMA_70B"),
-    *("TINYLLAMA_1B", "LLAMA3_8B", "LLAMA3_70B", "LLAMA31_8B", "LLAMA31_70B", "LLAMA31_405B", "LLAMA32_1B", "LLAMA32_3B"),
+    *(
+        "TINYLLAMA_1B",
+        "LLAMA3_8B",
+        "LLAMA3_70B",
+        "LLAMA31_8B",
+        "LLAMA31_70B",
+        "LLAMA31_405B",
+        "LLAMA32_1B",
+        "LLAMA32_3B",
+    ),
 )
 
 # Public name -> (module, name there).

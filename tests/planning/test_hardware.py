@@ -42,7 +42,16 @@ KINDS = {
     "NVIDIA H100 PCIe": "H100 PCIe",
     "NVIDIA H200": "H200",
 }
-UNKNOWN = ["cpu", "TPU v2", "TPU v3", "TPU v4 lite", "NVIDIA L40", "NVIDIA L40S", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090"]
+UNKNOWN = [
+    "cpu",
+    "TPU v2",
+    "TPU v3",
+    "TPU v4 lite",
+    "NVIDIA L40",
+    "NVIDIA L40S",
+    "NVIDIA H100 NVL",
+    "NVIDIA GeForce RTX 4090",
+]
 
 
 def test_the_table_holds_the_published_numbers():

@@ -1,0 +1,157 @@
+"""The command `llama-jax`: finds the verb, and turns every ending into a message and an exit code.
+
+Exit codes: 0 done, 1 a bug (traceback), 2 bad input, 3 diverged, 42 preempted and saved; 130 interrupted and 141 reader gone, as shells have it.
+Nothing is imported before it is needed: `llama-jax --help` loads the standard library and this file.
+"""
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from llama_jax import __version__
+from llama_jax.errors import Diverged, Preempted, UserError
+
+OK, BUG, BAD_INPUT, DIVERGED, PREEMPTED, INTERRUPTED, READER_GONE = 0, 1, 2, 3, 42, 130, 141
+
+# The functions of these names in llama_jax.verbs are the verbs; their signatures are the flags.
+VERBS = {
+    "doctor": "what this machine has, what is missing, and the command that installs it",
+    "tokenizer": "train a SentencePiece tokenizer, look into one, encode, decode",
+    "tokenize": "turn text into token shards once, for corpora that are read often",
+    "pretrain": "train a model from a recipe; any field can be overridden",
+    "generate": "continue a text with a trained model",
+    "demo": "the whole pipeline in minutes on a laptop, from raw text to samples",
+}
+
+EXAMPLES = """\
+  llama-jax doctor
+  llama-jax tokenizer train "text:books/*.txt" --vocab-size 8000 --out books.model
+  llama-jax pretrain experiments/tiny_end_to_end.py --data.sources "text:books/*.txt" --out runs/books
+  llama-jax generate runs/books "Once upon a time" --temperature 0.6 --top-p 0.9
+"""
+
+# Failures of the system rather than of the code, and what to do about them.
+_SYSTEM_REMEDIES = {
+    errno.ENOSPC: "free some space, or write elsewhere with --out",
+    errno.EDQUOT: "free some of your quota, or write elsewhere with --out",
+    errno.EACCES: "change its permissions, or name another path",
+    errno.EPERM: "change its permissions, or name another path",
+    errno.EROFS: "name a path on a file system that can be written, with --out",
+    errno.ENOTDIR: "a part of the path is a file; name another path",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; `argv` is `sys.argv[1:]` unless given."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, debug = _take_debug(argv)
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()  # here, so that a full disk or a reader that left is met inside the try
+        return code
+    except SystemExit as error:  # the argument parser: 0 after --help, 2 after a message
+        return error.code if isinstance(error.code, int) else OK if error.code is None else BUG
+    except BrokenPipeError:
+        _silence_stdout()
+        return READER_GONE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        code, message = _explain(error)
+        if debug or message is None:
+            import traceback
+
+            traceback.print_exception(error)
+        if message is not None:
+            print(message, file=sys.stderr)
+        if isinstance(error, OSError):
+            _silence_stdout()
+        return code
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return OK
+    if argv and argv[0] == "--version":
+        print(f"llama_jax {__version__}")
+        return OK
+    if not argv:
+        raise UserError(f"no verb given; it is one of {', '.join(VERBS)} (llama-jax --help says what each does)")
+    verb, *rest = argv
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean `llama-jax {near[0]}`?" if near else f"it is one of {', '.join(VERBS)}"
+        raise UserError(f"unknown verb {verb!r}; {hint}")
+    from llama_jax import verbs
+
+    return getattr(verbs, verb)(rest) or OK
+
+
+def _help() -> str:
+    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: llama-jax VERB [arguments] [--debug]",
+            "",
+            "The Llama 2 paper in JAX, from raw text to a checkpoint that speaks.",
+            "",
+            *lines,
+            "",
+            "llama-jax VERB --help shows a verb's arguments and examples. --debug shows the traceback of any error.",
+            "",
+            "examples:",
+            EXAMPLES,
+            "exit codes: 0 done, 1 a bug, 2 bad input, 3 diverged, 42 preempted (start it again, it resumes)",
+        ]
+    )
+
+
+def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
+    """Takes --debug out wherever it stands; behind `--` it is text and stays."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    kept = [word for word in argv[:end] if word != "--debug"]
+    return kept + argv[end:], len(kept) < end
+
+
+def _explain(error: Exception) -> tuple[int, str | None]:
+    """The exit code of an exception, and its message; no message marks a bug."""
+    if isinstance(error, UserError):
+        return BAD_INPUT, f"error: {error}"
+    if isinstance(error, Diverged):
+        return DIVERGED, f"diverged: {error}"
+    if isinstance(error, Preempted):
+        return PREEMPTED, f"preempted: {error}"
+    # What is missing is a package of the environment, unless it is a part of this one.
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "llama_jax":
+        return (
+            BAD_INPUT,
+            f"error: the Python package {error.name} is missing; {sys.executable} -m pip install -e . adds it",
+        )
+    if isinstance(error, OSError) and error.errno in _SYSTEM_REMEDIES:
+        where = f" at {error.filename}" if error.filename else ""
+        return BAD_INPUT, f"error: {os.strerror(error.errno)}{where}; {_SYSTEM_REMEDIES[error.errno]}"
+    # By text, because importing jax to name its exception class would cost what this file saves.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+        where = "the host's" if isinstance(error, MemoryError) else "the device's"
+        remedy = "use smaller batches or a shorter context, or shard over more devices with --mesh"
+        return (
+            BAD_INPUT,
+            f"error: this does not fit into {where} memory ({str(error)[:300] or 'out of memory'}); {remedy}",
+        )
+    return BUG, None
+
+
+def _silence_stdout() -> None:
+    """Points stdout at nothing, so that what it still buffers does not raise again while Python shuts down."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        pass  # stdout was replaced by an object without a file descriptor; it buffers nothing
+
+
+if __name__ == "__main__":
+    sys.exit(main())

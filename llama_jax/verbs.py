@@ -1,0 +1,310 @@
+"""The verbs of the command line: each takes the words behind its name and calls the part of llama_jax that does the work.
+
+Flags are the parameters of a function or the fields of a stage's config; the heavy parts are imported when a verb runs.
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import arg
+
+from llama_jax.errors import UserError
+from llama_jax.recipes import list_recipes, load_recipe
+
+Json = Annotated[bool, arg(name="json")]
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """See llama_jax.doctor."""
+
+    def run(*, as_json: Json = False) -> int:
+        """Show what this machine has, what is missing, and the command that installs it.
+
+        Exits with 2 if something required is missing or computes wrongly.
+
+        Examples:
+          llama-jax doctor
+          llama-jax doctor --json > machine.json
+
+        Args:
+          as_json: Print JSON.
+        """
+        from llama_jax import doctor
+
+        return doctor.run(as_json)
+
+    return _call(run, "doctor", argv)
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """Loads the recipe, lets the flags override its fields, and runs the stage."""
+    from llama_jax.stages.pretrain import PretrainConfig, run
+
+    recipes = ", ".join(path.stem for path in list_recipes()) or "none here"
+    text = f"""Pretrain a model (paper 2.2) from a recipe: a Python file, or the name of one in experiments/ ({recipes}).
+
+Every field of the recipe is a flag. A run that was interrupted goes on where it stopped: start it again with the same --out.
+
+Examples:
+  llama-jax pretrain experiments/tiny_end_to_end.py --out runs/tiny
+  llama-jax pretrain experiments/tiny_end_to_end.py --data.sources "text:books/*.txt" --out runs/books
+  llama-jax pretrain experiments/pretrain_7b.py --mesh fsdp=8 --optimizer.peak-lr 1e-4 --dry-run"""
+    if "-h" in argv[:1] or "--help" in argv[:1]:
+        tyro.cli(PretrainConfig, args=["--help"], prog="llama-jax pretrain RECIPE", description=text)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            f"name the recipe first: llama-jax pretrain RECIPE [flags]. Recipes: {recipes}. (llama-jax pretrain --help)"
+        )
+    recipe = load_recipe(argv[0], PretrainConfig)
+    run(
+        tyro.cli(
+            PretrainConfig,
+            default=recipe,
+            args=argv[1:],
+            prog=f"llama-jax pretrain {argv[0]}",
+            description=text,
+            # A field that is a dataclass or None keeps what the recipe chose, instead of becoming a subcommand.
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    )
+
+
+def generate(argv: Sequence[str]) -> None:
+    """See llama_jax.generation.engine."""
+
+    def run(
+        checkpoint: Annotated[str, arg(metavar="CHECKPOINT")],
+        prompt: Annotated[str, arg(metavar="PROMPT")] = "",
+        /,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Continue a text with a trained model. The continuation, and nothing else, goes to stdout as it is made.
+
+        Examples:
+          llama-jax generate runs/tiny "Once upon a time"
+          llama-jax generate runs/tiny/checkpoints/400 "" --temperature 0 --max-new-tokens 50
+          llama-jax generate runs/tiny -- "--a prompt that begins with a dash"
+
+        Args:
+          checkpoint: A run's folder (its newest checkpoint is taken) or one checkpoint.
+          prompt: The text to continue; an empty one starts from BOS.
+          max_new_tokens: Stop after this many tokens, or at EOS.
+          temperature: Divides the logits; 0 always takes the likeliest token.
+          top_p: Draw from the likeliest tokens that together hold this probability; 1 for all.
+          top_k: Draw from this many likeliest tokens; 0 for all.
+          seed: The same seed gives the same text.
+        """
+        from llama_jax.generation.engine import Engine
+
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+        }
+        for piece in Engine.load(checkpoint).stream(prompt, **settings):
+            print(piece, end="", flush=True)
+        if sys.stdout.isatty():
+            print()  # keeps the shell's prompt off the last line; a pipe or a file gets the text alone
+
+    _call(run, "generate", argv)
+
+
+def tokenize(argv: Sequence[str]) -> None:
+    """See llama_jax.data.token_shards."""
+
+    def run(
+        sources: Annotated[tuple[str, ...], arg(metavar="SOURCE...")],
+        /,
+        *,
+        tokenizer: str,
+        out: str,
+    ) -> None:
+        """Turn text into token shards once, so that later runs read ids instead of tokenising again.
+
+        Examples:
+          llama-jax tokenize "text:books/*.txt" --tokenizer books.model --out books.tokens
+          llama-jax tokenize tfds:tiny_shakespeare:train "jsonl:notes.jsonl.zst" --tokenizer books.model --out mixed.tokens
+
+        Args:
+          sources: tfds:NAME[:SPLIT], text:FILES, jsonl:FILES or hf:NAME; in quotes where they hold a star.
+          tokenizer: A SentencePiece model, or a folder with tokenizer.model.
+          out: The folder to write.
+        """
+        from llama_jax.data.token_shards import write_token_shards
+        from llama_jax.text.tokenizer import Tokenizer
+
+        write_token_shards(sources, Tokenizer.load(tokenizer), out)
+
+    _call(run, "tokenize", argv)
+
+
+def demo(argv: Sequence[str]) -> None:
+    """See llama_jax.demo."""
+
+    def run(*, out: str = "runs/demo", seed: int = 0, dry_run: bool = False) -> None:
+        """Run the whole pipeline in under 10 minutes on 2 cores, without a download, and write a report.
+
+        Text that every Python carries -> tokenizer -> pretraining -> checkpoint -> held-out bits per byte beside gzip
+        and xz -> samples -> report.md.
+
+        Examples:
+          llama-jax demo
+          llama-jax demo --out runs/again --seed 1
+
+        Args:
+          out: The run's folder.
+          seed: Of initialisation and data order.
+          dry_run: Say what would be done, and touch nothing.
+        """
+        from llama_jax import demo
+
+        demo.run(out, seed=seed, dry_run=dry_run)
+
+    _call(run, "demo", argv)
+
+
+def tokenizer(argv: Sequence[str]) -> None:
+    """The actions of `llama-jax tokenizer`; see llama_jax.text.tokenizer."""
+    actions = {"train": _train_tokenizer, "encode": _encode, "decode": _decode, "info": _tokenizer_info}
+    if argv and argv[0] in actions:
+        _call(actions[argv[0]], f"tokenizer {argv[0]}", argv[1:])
+        return
+    text = """Train a SentencePiece tokenizer, look into one, encode, decode.
+
+Examples:
+  llama-jax tokenizer train "text:books/*.txt" --vocab-size 8000 --out books.model
+  llama-jax tokenizer encode books.model "Once upon a time" --json
+  llama-jax tokenizer decode books.model 1 9038 2501
+  llama-jax tokenizer info books.model"""
+    tyro.extras.subcommand_cli_from_dict(actions, args=argv, prog="llama-jax tokenizer", description=text)
+
+
+def _train_tokenizer(
+    sources: Annotated[tuple[str, ...], arg(metavar="SOURCE...")],
+    /,
+    *,
+    out: str,
+    vocab_size: int = 32_000,
+    dry_run: bool = False,
+) -> None:
+    """Train a tokenizer with the paper's settings: BPE, single digits, unknown characters as bytes, nothing normalised.
+
+    Examples:
+      llama-jax tokenizer train "text:books/*.txt" --vocab-size 8000 --out books.model
+      llama-jax tokenizer train tfds:tiny_shakespeare:train --vocab-size 2000 --out shakespeare.model
+
+    Args:
+      sources: tfds:NAME[:SPLIT], text:FILES, jsonl:FILES or hf:NAME; in quotes where they hold a star.
+      out: The model file to write.
+      vocab_size: Pieces, control and byte pieces included.
+      dry_run: Count the documents and touch nothing.
+    """
+    from itertools import chain
+
+    from llama_jax.data.sources import open_source
+    from llama_jax.text.tokenizer import Tokenizer
+
+    opened = [open_source(spec) for spec in sources]
+    if dry_run:
+        for spec, documents in zip(sources, opened, strict=True):
+            print(f"{spec}: {len(documents)} documents")
+        print(f"would train {vocab_size} pieces and write {out}")
+        return
+    trained = Tokenizer.train(chain.from_iterable(opened), out, vocab_size=vocab_size)
+    print(f"{out}: {trained.vocab_size} pieces", file=sys.stderr)
+
+
+def _encode(
+    model: Annotated[str, arg(metavar="MODEL")],
+    text: Annotated[str, arg(metavar="TEXT")],
+    /,
+    *,
+    bos: bool = True,
+    eos: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Print the ids of a text.
+
+    Examples:
+      llama-jax tokenizer encode books.model "Once upon a time"
+
+    Args:
+      model: A SentencePiece model, or a folder with tokenizer.model.
+      text: The text.
+      bos: Begin with BOS.
+      eos: End with EOS.
+      as_json: Print a JSON list.
+    """
+    from llama_jax.text.tokenizer import Tokenizer
+
+    ids = Tokenizer.load(model).encode(text, bos=bos, eos=eos)
+    print(json.dumps(ids) if as_json else " ".join(map(str, ids)))
+
+
+def _decode(
+    model: Annotated[str, arg(metavar="MODEL")],
+    ids: Annotated[tuple[int, ...], arg(metavar="ID...")],
+    /,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Print the text of ids.
+
+    Examples:
+      llama-jax tokenizer decode books.model 1 9038 2501
+
+    Args:
+      model: A SentencePiece model, or a folder with tokenizer.model.
+      ids: Token ids.
+      as_json: Print a JSON string.
+    """
+    from llama_jax.text.tokenizer import Tokenizer
+
+    text = Tokenizer.load(model).decode(ids)
+    print(json.dumps(text, ensure_ascii=False) if as_json else text)
+
+
+def _tokenizer_info(model: Annotated[str, arg(metavar="MODEL")], /, *, as_json: Json = False) -> None:
+    """Show a tokenizer's size, special ids and checksum.
+
+    Examples:
+      llama-jax tokenizer info books.model --json
+
+    Args:
+      model: A SentencePiece model, or a folder with tokenizer.model.
+      as_json: Print JSON.
+    """
+    from llama_jax.text.tokenizer import Tokenizer
+
+    loaded = Tokenizer.load(model)
+    facts = {
+        "vocab_size": loaded.vocab_size,
+        "bos_id": loaded.bos_id,
+        "eos_id": loaded.eos_id,
+        "unk_id": loaded.unk_id,
+        "sha256": loaded.sha256,
+    }
+    print(json.dumps(facts) if as_json else "\n".join(f"{name:<12}{value}" for name, value in facts.items()))
+
+
+def _call(function: Callable, name: str, argv: Sequence[str]) -> Any:
+    """Calls a function with the command line as its arguments; its docstring up to "Args:" is the help text."""
+    description = inspect.cleandoc(function.__doc__ or "").split("\nArgs:")[0].rstrip()
+    return tyro.cli(
+        function,
+        args=list(argv),
+        prog=f"llama-jax {name}",
+        description=description,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
