@@ -1,6 +1,7 @@
 """The shape of every Llama of the paper and its family (paper 2.2, A.2.1), as frozen values.
 
-The paper prints no dimensions; these are the released checkpoints' own. 34B was never released: its dimensions are those of Code Llama 34B, which was
+The paper prints no dimensions; these are the released checkpoints' own. 34B was never released: its dimensions are
+those of Code Llama 34B, which was
 initialised from it.
 """
 
@@ -55,13 +56,23 @@ class LlamaConfig:
     """Whether the output head is the transposed embedding (Llama 3.2 1B and 3B); Llama 2 unties them."""
 
     def __post_init__(self) -> None:
-        for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context_length", "head_dim"):
+        for field in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "ffn_dim",
+            "vocab_size",
+            "context_length",
+            "head_dim",
+        ):
             if getattr(self, field) < 1:
                 raise UserError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
         if self.n_heads % self.n_kv_heads:
             sizes = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
             raise UserError(
-                f"model.n_kv_heads is {self.n_kv_heads}, which does not divide n_heads {self.n_heads}; it may be one of {sizes}"
+                f"model.n_kv_heads is {self.n_kv_heads}, which does not divide n_heads {self.n_heads}; "
+                f"it may be one of {sizes}"
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}; rotary embedding needs an even number")
@@ -75,13 +86,17 @@ class LlamaConfig:
         return self.n_layers * block + embeddings + self.dim
 
     def matmul_flops_per_token(self) -> int:
-        """Forward FLOPs of one token in the weight matmuls (two per weight), the head included and the embedding lookup not."""
+        """Forward FLOPs of one token in the weight matmuls (two per weight), the head included and the embedding
+        lookup not.
+        """
         norms = self.dim * (2 * self.n_layers + 1)
         lookup = 0 if self.tie_embeddings else self.vocab_size * self.dim
         return 2 * (self.n_params - norms - lookup)
 
     def causal_attention_flops_per_token(self, length: int) -> float:
-        """Forward FLOPs of one token's attention to the mean (length + 1) / 2 keys a causal mask leaves it: scores and values."""
+        """Forward FLOPs of one token's attention to the mean (length + 1) / 2 keys a causal mask leaves it: scores and
+        values.
+        """
         return 2 * 2 * self.n_layers * self.n_heads * self.head_dim * (length + 1) / 2
 
 
@@ -123,14 +138,27 @@ TINYLLAMA_1B = LlamaConfig(
 )
 
 LLAMA3_8B = LlamaConfig(
-    dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, ffn_dim=14336, vocab_size=128256, context_length=8192, rope_theta=5e5
+    dim=4096,
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    ffn_dim=14336,
+    vocab_size=128256,
+    context_length=8192,
+    rope_theta=5e5,
 )
 LLAMA3_70B = _change(LLAMA2_70B, vocab_size=128256, context_length=8192, rope_theta=5e5)
 LLAMA31_8B = _change(LLAMA3_8B, context_length=131072, rope_scaling=RopeScaling())
 LLAMA31_70B = _change(LLAMA3_70B, context_length=131072, rope_scaling=RopeScaling())
 LLAMA31_405B = _change(LLAMA31_70B, dim=16384, n_layers=126, n_heads=128, ffn_dim=53248)
 LLAMA32_1B = _change(
-    LLAMA31_8B, dim=2048, n_layers=16, head_dim=64, ffn_dim=8192, tie_embeddings=True, rope_scaling=RopeScaling(factor=32.0)
+    LLAMA31_8B,
+    dim=2048,
+    n_layers=16,
+    head_dim=64,
+    ffn_dim=8192,
+    tie_embeddings=True,
+    rope_scaling=RopeScaling(factor=32.0),
 )
 LLAMA32_3B = _change(LLAMA32_1B, dim=3072, n_layers=28, n_heads=24, head_dim=128)
 
@@ -144,6 +172,14 @@ class Compute:
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel: splash on TPU, cuDNN on GPU, XLA's own elsewhere; auto picks by platform."""
     remat: Literal["none", "dots", "attention", "full"] = "full"
-    """What the backward pass recomputes: nothing; all but the weight matmuls; all but q, k, v and the attention output; the whole block."""
+    """What the backward pass recomputes: nothing; all but the weight matmuls; all but q, k, v and the attention
+    output; the whole block.
+    """
     loss_chunk: int = 2048
     """Tokens of a sequence whose logits exist at once while the loss is computed."""
+
+
+def llama_config_from_json(fields: dict) -> LlamaConfig:
+    """Rebuilds a configuration from what `dataclasses.asdict` made of it and JSON kept."""
+    scaling = fields.get("rope_scaling")
+    return LlamaConfig(**{**fields, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})

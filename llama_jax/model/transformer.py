@@ -1,8 +1,11 @@
 """The Llama 2 transformer (paper 2.2): pre-norm RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
-A model is a value: a Flax module whose attributes are arrays, built once and never assigned to again, passed through JAX's own transforms as any other
-pytree. Blocks are stacked on a leading layer axis and scanned, so compile time does not grow with depth. It departs from the reference code in two
-places: the rotary embedding pairs the two halves of a head instead of neighbours (no strided access on TPU; converters permute), and head axes are
+A model is a value: a Flax module whose attributes are arrays, built once and never assigned to again, passed through
+  JAX's own transforms as any other
+pytree. Blocks are stacked on a leading layer axis and scanned, so compile time does not grow with depth. It departs
+from the reference code in two
+places: the rotary embedding pairs the two halves of a head instead of neighbours (no strided access on TPU; converters
+  permute), and head axes are
 kept apart (`wq_DNH`) instead of flattened.
 """
 
@@ -25,7 +28,9 @@ from llama_jax.parallel.mesh import constrain, sharding
 
 @dataclass(frozen=True)
 class Param:
-    """The one declaration of a parameter: its shape, the logical name of each axis, and the spread of its initial values (None: ones)."""
+    """The one declaration of a parameter: its shape, the logical name of each axis, and the spread of its initial
+    values (None: ones).
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -37,7 +42,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: LlamaConfig, make: Callable[[Param], Any]):
         c, n = config, config.n_layers
-        # Our choice: normal(0.02), and projections back into the residual stream narrowed by 1/sqrt(2 L), as GPT-2 did; the paper is silent.
+        # Our choice: normal(0.02), and projections back into the residual stream narrowed by 1/sqrt(2 L), as GPT-2
+        # did; the paper is silent.
         std, out_std = 0.02, 0.02 / (2 * n) ** 0.5
 
         def layers(shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> Any:
@@ -84,7 +90,9 @@ class Llama(nnx.Module):
         c = config
 
         def data(param: Param) -> Any:
-            return nnx.data(make(param))  # declares the leaf a pytree child whatever its type: array, shape, sharding or declaration
+            return nnx.data(
+                make(param)
+            )  # declares the leaf a pytree child whatever its type: array, shape, sharding or declaration
 
         self.config = config
         self.embedding_VD = data(Param((c.vocab_size, c.dim), ("vocab", "embed"), 0.02))
@@ -123,7 +131,9 @@ class Llama(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         compute: Compute = Compute(),
     ) -> jax.Array:
-        """The residual stream after the final norm, what the head reads: (B, T, D) in `compute.dtype`. Arguments as `__call__`."""
+        """The residual stream after the final norm, what the head reads: (B, T, D) in `compute.dtype`. Arguments as
+        `__call__`.
+        """
         model, c = self.cast(compute.dtype), self.config
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -142,12 +152,15 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Continues sequences whose earlier keys and values are cached.
 
-        The cache is only read inside the scan over layers; the caller writes the returned keys and values once for all layers, in place.
+        The cache is only read inside the scan over layers; the caller writes the returned keys and values once for all
+        layers, in place.
 
         Args:
           tokens_BT: int32, the next T tokens of every sequence.
-          k_LBSKH, v_LBSKH: cached keys (already rotated) and values; their dtype is the dtype of the computation.
-          length_B: int32, slots of the cache that are filled; the new tokens stand at positions length_B, length_B + 1, ...
+          k_LBSKH: cached keys, already rotated; their dtype is the dtype of the computation.
+          v_LBSKH: cached values.
+          length_B: int32, slots of the cache that are filled; the new tokens stand at positions length_B, length_B +
+            1, ...
 
         Returns:
           the residual stream after the final norm (B, T, D), and the new keys and values (L, B, T, K, H).
@@ -156,7 +169,9 @@ class Llama(nnx.Module):
         positions_BT = length_B[:, None] + jnp.arange(tokens_BT.shape[1])
         rope = rope_table(c, positions_BT)
 
-        def block(x_BTD: jax.Array, layer: tuple[Block, jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def block(
+            x_BTD: jax.Array, layer: tuple[Block, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             weights, k_BSKH, v_BSKH = layer
             q_BTNH, k_BTKH, v_BTKH = weights.qkv(x_BTD, rope, c.norm_eps)
             heads_BTNH = attend_with_cache(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, length_B)
@@ -167,7 +182,8 @@ class Llama(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Token embeddings (B, T, D), in the dtype of the embedding."""
-        # Gathered along D first: a lookup in a table sharded along D would come out sharded along D and be resharded at once.
+        # Gathered along D first: a lookup in a table sharded along D would come out sharded along D and be resharded
+        # at once.
         table_VD = constrain(self.embedding_VD, "vocab", "act_embed")
         return constrain(table_VD[tokens_BT], "batch", "length", "act_embed")
 
@@ -181,7 +197,9 @@ class Llama(nnx.Module):
         return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
 
     def cast(self, dtype: Any) -> "Llama":
-        """The same model with every array in `dtype`; inside jit, before the layers are gathered, so that the gathers move the narrow type."""
+        """The same model with every array in `dtype`; inside jit, before the layers are gathered, so that the gathers
+        move the narrow type.
+        """
         return jax.tree.map(lambda w: w.astype(dtype), self)
 
 
@@ -194,7 +212,9 @@ class Rope:
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians per position of each rotated pair, float32 (H/2,): theta^(-2i/H), stretched where the configuration scales them."""
+    """Radians per position of each rotated pair, float32 (H/2,): theta^(-2i/H), stretched where the configuration
+    scales them.
+    """
     frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
     if (s := config.rope_scaling) is not None:
         wavelengths = 2 * np.pi / frequencies
@@ -206,13 +226,17 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rope_table(config: LlamaConfig, positions_BT: jax.Array) -> Rope:
-    """Rotations at these positions, in float32 whatever the model's precision: bfloat16 cannot tell position 257 from 256."""
+    """Rotations at these positions, in float32 whatever the model's precision: bfloat16 cannot tell position 257 from
+    256.
+    """
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * rope_frequencies(config)
     return Rope(jnp.cos(angles), jnp.sin(angles))
 
 
 def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
-    """Rotary embedding, pairing element i of the first half of a head with element i of the second; in float32, returned in x's dtype."""
+    """Rotary embedding, pairing element i of the first half of a head with element i of the second; in float32,
+    returned in x's dtype.
+    """
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
@@ -234,7 +258,8 @@ def remat(block: Callable, policy: str) -> Callable:
     }
     if policy == "none":
         return block
-    # Inside a scan XLA cannot merge the recomputation with the forward pass anyway; the barrier that prevents it costs memory traffic.
+    # Inside a scan XLA cannot merge the recomputation with the forward pass anyway; the barrier that prevents it costs
+    # memory traffic.
     return jax.checkpoint(block, policy=policies[policy], prevent_cse=False)
 
 
@@ -257,7 +282,9 @@ def shardings(config: LlamaConfig, mesh: Mesh) -> Llama:
 
 
 def init(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -> Llama:
-    """Random initial weights; each parameter's values depend on the key and its own name only, not on the mesh or on the other parameters."""
+    """Random initial weights; each parameter's values depend on the key and its own name only, not on the mesh or on
+    the other parameters.
+    """
 
     def draw(path: tuple, p: Param) -> jax.Array:
         if p.std is None:

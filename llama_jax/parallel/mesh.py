@@ -1,12 +1,14 @@
 """The mesh and the one table that says which logical axis lies on which mesh axis.
 
-Mesh axes: `data` (replicas of the parameters; also across slices), `fsdp` (parameters and optimizer sharded, gathered layer by layer), `context` (the sequence
+Mesh axes: `data` (replicas of the parameters; also across slices), `fsdp` (parameters and optimizer sharded, gathered
+  layer by layer), `context` (the sequence
 sharded), `tensor` (heads, feed-forward and vocabulary sharded). No other module names a mesh axis.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,10 +53,35 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-def parse_mesh(text: str, n_devices: int) -> dict[str, int]:
-    """Reads a mesh such as `auto`, `fsdp=8` or `data=2,fsdp=-1,tensor=4` (-1: whatever is left) into a size per mesh axis.
+def ways(axis: str) -> int:
+    """Into how many parts the ambient mesh splits this logical axis; 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(mesh_axis, 1) for mesh_axis in RULES[axis])
 
-    `auto` is fully sharded data parallelism over every device: the layout that needs no collective inside a matmul and splits all memory.
+
+def platform() -> str:
+    """The platform ("cpu", "gpu", "tpu") of the ambient mesh's devices; without a mesh, of the default ones."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` as every device of the ambient mesh runs it on its own part of the arrays; without a mesh, `function` itself.
+
+    For kernels that the partitioner cannot split by itself, or would split badly.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    # Varying-axes checks do not know what a kernel does.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def parse_mesh(text: str, n_devices: int) -> dict[str, int]:
+    """Reads a mesh such as `auto`, `fsdp=8` or `data=2,fsdp=-1,tensor=4` (-1: whatever is left) into a size per mesh
+    axis.
+
+    `auto` is fully sharded data parallelism over every device: the layout that needs no collective inside a matmul and
+    splits all memory.
 
     Raises:
       UserError: an unknown axis, a size that is not a number, or sizes whose product is not the number of devices.
@@ -66,8 +93,8 @@ def parse_mesh(text: str, n_devices: int) -> dict[str, int]:
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
         if not match or match[1] not in MESH_AXES:
             raise UserError(
-                f"--mesh {text!r}: cannot read {part.strip()!r}; expected 'auto' or AXIS=SIZE pairs such as 'fsdp=4,tensor=2' "
-                f"with axes {', '.join(MESH_AXES)}"
+                f"--mesh {text!r}: cannot read {part.strip()!r}; expected 'auto' or AXIS=SIZE pairs "
+                f"such as 'fsdp=4,tensor=2' with axes {', '.join(MESH_AXES)}"
             )
         sizes[match[1]] = int(match[2])
     unknown = [axis for axis, size in sizes.items() if size == -1]
@@ -78,13 +105,15 @@ def parse_mesh(text: str, n_devices: int) -> dict[str, int]:
         sizes[unknown[0]] = n_devices // known
     if math.prod(sizes.values()) != n_devices:
         raise UserError(
-            f"--mesh {text!r} asks for {known} device{'s' * (known != 1)}{' or a multiple' if unknown else ''}, but {n_devices} "
-            f"{'is' if n_devices == 1 else 'are'} present; try --mesh auto"
+            f"--mesh {text!r} asks for {known} device{'s' * (known != 1)}{' or a multiple' if unknown else ''}, "
+            f"but {n_devices} {'is' if n_devices == 1 else 'are'} present; try --mesh auto"
         )
     return sizes
 
 
-def check_divides(sizes: dict[str, int], model: LlamaConfig, rows: int | None = None, length: int | None = None) -> None:
+def check_divides(
+    sizes: dict[str, int], model: LlamaConfig, rows: int | None = None, length: int | None = None
+) -> None:
     """Checks that every sharded axis divides evenly, before anything is compiled.
 
     Args:
@@ -107,12 +136,13 @@ def check_divides(sizes: dict[str, int], model: LlamaConfig, rows: int | None = 
     }
     n_devices = math.prod(sizes.values())
     for logical, (name, extent) in extents.items():
+        axes = "*".join(RULES[logical])
         ways = math.prod(sizes[axis] for axis in RULES[logical])
         if extent is not None and extent % ways:
             fitting = [n for n in range(1, n_devices + 1) if n_devices % n == 0 and extent % n == 0]
             raise UserError(
-                f"mesh {format_mesh(sizes)}: {name} {extent} does not divide over {'*'.join(RULES[logical])} = {ways} devices; "
-                f"{'*'.join(RULES[logical])} may be one of {fitting}"
+                f"mesh {format_mesh(sizes)}: {name} {extent} does not divide over {axes} = {ways} devices; "
+                f"{axes} may be one of {fitting}"
             )
 
 
@@ -130,7 +160,9 @@ def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = parse_mesh(text, len(devices))
     # Auto axis types: the partitioner follows the constraints; jax.make_mesh would default to explicit ones.
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
 
 
 def mesh_sizes(mesh: Mesh) -> dict[str, int]:

@@ -31,7 +31,8 @@ def token_loss(
 ) -> LossSums:
     """Weighted sums of next-token cross-entropy, computed a chunk of every sequence at a time.
 
-    The gradient is formed in the forward pass while a chunk's logits exist: the loss is a plain weighted sum, so its gradient needs no knowledge of
+    The gradient is formed in the forward pass while a chunk's logits exist: the loss is a plain weighted sum, so its
+    gradient needs no knowledge of
     what comes after, and the head matmul is done three times (logits, two gradients) instead of four.
 
     Args:
@@ -52,7 +53,8 @@ def _token_loss_fwd(x_BTD, head_DV, targets_BT, weights_BT, chunk, z_loss):
 def _token_loss_bwd(chunk, z_loss, grads, cotangent):
     dx_BTD, dhead_DV = grads
     scale = cotangent.loss
-    # The head's gradient is a sum over every token: it stays in float32 until here, and leaves in the dtype of the head, which is x's.
+    # The head's gradient is a sum over every token: it stays in float32 until here, and leaves in the dtype of the
+    # head, which is x's.
     return (dx_BTD * scale).astype(dx_BTD.dtype), (dhead_DV * scale).astype(dx_BTD.dtype), None, None
 
 

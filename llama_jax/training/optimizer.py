@@ -54,7 +54,8 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, model: LlamaConfig, total_steps: int) -> optax.GradientTransformation:
     """The chain that turns gradients into updates.
 
-    Our choice: weight decay acts on every matrix, embedding and head included, and on no norm weight; the paper does not say.
+    Our choice: weight decay acts on every matrix, embedding and head included, and on no norm weight; the paper does
+      not say.
     """
     decays = jax.tree.map(lambda param: param.std is not None, describe(model))
     return optax.chain(

@@ -10,25 +10,11 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import Compute, LlamaConfig
+from llama_jax.data.packing import Batch
 from llama_jax.model import transformer
 from llama_jax.model.transformer import Llama
 from llama_jax.parallel.mesh import sharding
 from llama_jax.training.loss import LossSums, token_loss
-
-
-class TokenBatch(NamedTuple):
-    """A global batch on the devices, every array (B, T)."""
-
-    tokens_BT: jax.Array
-    """int32 inputs."""
-    targets_BT: jax.Array
-    """int32 token that follows each input."""
-    segment_ids_BT: jax.Array
-    """int32 document within the row; attention stays inside it."""
-    positions_BT: jax.Array
-    """int32 position within the segment."""
-    loss_mask_BT: jax.Array
-    """bool, whether the target is to be learnt."""
 
 
 @struct.dataclass
@@ -88,23 +74,27 @@ def abstract_state(config: LlamaConfig, optimizer: optax.GradientTransformation,
     """The state as shapes, dtypes and shardings, for compiling and restoring without memory."""
     shapes = jax.eval_shape(lambda: new_state(transformer.init(config, jax.random.key(0)), optimizer))
     return jax.tree.map(
-        lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), shapes, state_shardings(config, optimizer, mesh)
+        lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
+        shapes,
+        state_shardings(config, optimizer, mesh),
     )
 
 
-def abstract_batch(mesh: Mesh, rows: int, length: int) -> TokenBatch:
+def abstract_batch(mesh: Mesh, rows: int, length: int) -> Batch:
     """A batch as shapes, dtypes and shardings."""
     layout = sharding(mesh, "batch", "length")
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=layout)
-    return TokenBatch(ids, ids, ids, ids, jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=layout))
+    return Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=layout))
 
 
-def batch_loss(model: Llama, batch: TokenBatch, weights_BT: jax.Array, compute: Compute, z_loss: float = 0.0) -> LossSums:
+def batch_loss(model: Llama, batch: Batch, weights_BT: jax.Array, compute: Compute, z_loss: float = 0.0) -> LossSums:
     """Weighted loss sums of a batch; see `token_loss`."""
     x_BTD = model.hidden(
         batch.tokens_BT, positions_BT=batch.positions_BT, segment_ids_BT=batch.segment_ids_BT, compute=compute
     )
-    return token_loss(x_BTD, model.output_head().astype(x_BTD.dtype), batch.targets_BT, weights_BT, compute.loss_chunk, z_loss)
+    return token_loss(
+        x_BTD, model.output_head().astype(x_BTD.dtype), batch.targets_BT, weights_BT, compute.loss_chunk, z_loss
+    )
 
 
 def make_train_step(
@@ -114,28 +104,30 @@ def make_train_step(
     micro_batches: int = 1,
     z_loss: float = 0.0,
     layout: TrainState | None = None,
-) -> Callable[[TrainState, TokenBatch], tuple[TrainState, StepMetrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Builds the jitted step; it donates the state it is given.
 
-    The loss is the mean over every target of the global batch, so neither the number of micro-batches nor the number of devices changes it.
+    The loss is the mean over every target of the global batch, so neither the number of micro-batches nor the number
+    of devices changes it.
     A step whose loss or gradient is not finite changes nothing but the counters.
 
     Args:
       optimizer: from `make_optimizer`.
       compute: precision, kernel, rematerialisation.
-      micro_batches: parts the batch is split into, one after the other, to save memory; must divide the rows each device holds.
+      micro_batches: parts the batch is split into, one after the other, to save memory; must divide the rows each
+        device holds.
       z_loss: weight of log(Z)^2.
       layout: shardings of the state on the ambient mesh, from `state_shardings`; none on a single device.
     """
 
-    def mean_gradients(model: Llama, batch: TokenBatch) -> tuple[LossSums, Llama]:
+    def mean_gradients(model: Llama, batch: Batch) -> tuple[LossSums, Llama]:
         weights_BT = batch.loss_mask_BT / jnp.maximum(batch.loss_mask_BT.sum(), 1).astype(jnp.float32)
 
-        def loss(model: Llama, part: TokenBatch, weights: jax.Array) -> tuple[jax.Array, LossSums]:
+        def loss(model: Llama, part: Batch, weights: jax.Array) -> tuple[jax.Array, LossSums]:
             sums = batch_loss(model, part, weights, compute, z_loss)
             return sums.loss, sums
 
-        def gradients(part: TokenBatch, weights: jax.Array) -> tuple[LossSums, Llama]:
+        def gradients(part: Batch, weights: jax.Array) -> tuple[LossSums, Llama]:
             (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, part, weights)
             return sums, (grads if layout is None else jax.lax.with_sharding_constraint(grads, layout.model))
 
@@ -152,7 +144,7 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, batch, weights_BT))
         return jax.lax.scan(add, zeros, jax.tree.map(split, (batch, weights_BT)))[0]
 
-    def step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         sums, grads = mean_gradients(state.model, batch)
         grad_norm = optax.global_norm(grads)
         good = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
@@ -174,11 +166,11 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
 
 
-def make_eval_step(compute: Compute) -> Callable[[Llama, TokenBatch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(compute: Compute) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
     """Builds the jitted evaluation of one batch: total nats over its targets, and how many there are."""
 
     @jax.jit
-    def evaluate(model: Llama, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
+    def evaluate(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         weights_BT = batch.loss_mask_BT.astype(jnp.float32)
         return batch_loss(model, batch, weights_BT, compute).nats, batch.loss_mask_BT.sum()
 

@@ -1,0 +1,1 @@
+"""The stages of the paper, one file each; stages do not import each other."""

@@ -1,0 +1,409 @@
+"""Pretraining (paper 2.2): next-token prediction over packed documents, from a recipe to a run folder.
+
+A run folder holds config.json, tokenizer.model, metrics.jsonl, tensorboard/, samples/ and checkpoints/<step>/.
+Starting the same command again goes on
+from the newest checkpoint, to the bit as if it had never stopped.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+from optax import GradientTransformation
+
+from llama_jax.config import Compute, LlamaConfig
+from llama_jax.data.pipeline import Cursor, DataConfig, held_out_batches, held_out_bytes, make_batches
+from llama_jax.errors import UserError
+from llama_jax.generation.engine import Engine
+from llama_jax.parallel import distributed
+from llama_jax.parallel.mesh import batch_rows_of_process, check_divides, format_mesh, make_mesh, mesh_sizes
+from llama_jax.text.tokenizer import FILE_NAME, Tokenizer
+from llama_jax.training import step as steps
+from llama_jax.training.checkpoint import Checkpoints, installed_versions, load_model
+from llama_jax.training.loop import LoopConfig, fit, to_devices
+from llama_jax.training.metrics import device_memory, format_count, say
+from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from llama_jax.training.step import TrainState
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One pretraining run."""
+
+    model: LlamaConfig
+    """The architecture."""
+    train_tokens: int
+    """Tokens to train on in all; 2.0T in the paper."""
+    tokenizer: str = ""
+    """A SentencePiece model file, or a folder with tokenizer.model; its size must be the model's vocab_size."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The documents."""
+    batch_tokens: int = 4 * 2**20
+    """Tokens in a global batch; 4M in the paper."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
+    compute: Compute = field(default_factory=Compute)
+    """Precision, attention kernel and what is recomputed; memory and speed, not the result."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """How often to log, evaluate and save."""
+    micro_batches: int = 1
+    """Parts a batch is split into, one after the other, to save memory; the result is the same."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2, which keeps logits from drifting; 0 as in the paper."""
+    init_from: str = ""
+    """A checkpoint whose parameters to begin with, such as for a longer context; random ones if empty."""
+    sample_prompts: tuple[str, ...] = ("",)
+    """Prompts continued at each evaluation, written to samples/; an empty one starts from BOS."""
+    mesh: str = "auto"
+    """Devices per axis, such as data=2,fsdp=4,tensor=2; auto is fsdp over all."""
+    seed: int = 0
+    """Of initialisation and data order."""
+    out: str = "runs/pretrain"
+    """The run's folder."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Go on from the newest checkpoint in the folder: if there is one; never (refuses a folder that has one); or fail
+    without one.
+    """
+    dry_run: bool = False
+    """Print the resolved recipe, the mesh and the memory, and touch nothing."""
+    json: bool = False
+    """Print the dry run as JSON."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in a sequence."""
+        return self.model.context_length
+
+    @property
+    def rows(self) -> int:
+        """Sequences in a global batch."""
+        return self.batch_tokens // self.length
+
+    @property
+    def total_steps(self) -> int:
+        """Batches in the run."""
+        return math.ceil(self.train_tokens / self.batch_tokens)
+
+
+# What may differ between a run and its continuation: where and how it runs, not what it computes.
+FREE_TO_CHANGE = (
+    *(
+        "compute.attention",
+        "compute.remat",
+        "compute.loss_chunk",
+        "data.workers",
+        "data.prefetch",
+        "data.eval_documents",
+    ),
+    *("loop", "micro_batches", "sample_prompts", "mesh", "out", "resume", "dry_run", "json", "tokenizer"),
+)
+
+
+def run(config: PretrainConfig) -> None:
+    """Trains what `config` describes into `config.out`, going on where an earlier run of it stopped.
+
+    Raises:
+      UserError: the recipe does not fit the data, the tokenizer, the devices or the run found in the folder.
+      Diverged, Preempted: see `fit`.
+    """
+    distributed.initialize()
+    tokenizer = check(config)
+    mesh = make_mesh(config.mesh)
+    check_divides(mesh_sizes(mesh), config.model, config.rows // config.micro_batches, config.length)
+    optimizer = make_optimizer(config.optimizer, config.model, config.total_steps)
+    with jax.set_mesh(mesh):
+        abstract = steps.abstract_state(config.model, optimizer, mesh)
+        if config.dry_run:
+            plan = compile_step(config, optimizer, abstract, mesh)[1]
+            print(json.dumps(plan, indent=2) if config.json else banner(config, mesh, plan))
+            return
+        checkpoints = open_run(config, tokenizer)
+        try:
+            state, cursor = begin(config, tokenizer, checkpoints, optimizer, abstract)
+            train_step, plan = compile_step(config, optimizer, abstract, mesh)
+            say(banner(config, mesh, plan))
+            train(config, tokenizer, mesh, checkpoints, state, cursor, train_step)
+        finally:
+            checkpoints.close()
+    say(f'done: {config.out}; try: llama-jax generate {config.out} ""')
+
+
+def train(
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    cursor: Cursor,
+    train_step: Callable,
+) -> None:
+    """Feeds the batches behind `cursor` to the loop, on the ambient mesh."""
+    share = share_of_process(mesh, config.rows)
+    batches = make_batches(
+        config.data, tokenizer, rows=config.rows, length=config.length, seed=config.seed, cursor=cursor, **share
+    )
+    metadata = {"recipe": decisive(config, tokenizer)}
+    try:
+        fit(
+            state,
+            train_step,
+            batches,
+            model=config.model,
+            mesh=mesh,
+            rows=config.rows,
+            length=config.length,
+            total_steps=config.total_steps,
+            loop=config.loop,
+            schedule=learning_rate(config.optimizer, config.total_steps),
+            folder=Path(config.out),
+            save=lambda state, cursor: checkpoints.save(state, metadata | {"cursor": cursor._asdict()}, tokenizer),
+            evaluate=make_evaluation(config, tokenizer, mesh),
+        )
+    finally:
+        batches.close()
+
+
+def check(config: PretrainConfig) -> Tokenizer:
+    """Reads the tokenizer and checks that the recipe's parts fit each other, before anything costs time.
+
+    Raises:
+      UserError: no tokenizer, another vocabulary, or a batch that is not made of whole sequences and micro-batches.
+    """
+    if not config.tokenizer:
+        raise UserError(
+            "no tokenizer; name one with --tokenizer FILE, or train one: llama-jax tokenizer train SOURCE --out FILE"
+        )
+    tokenizer = Tokenizer.load(config.tokenizer)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, the model has {config.model.vocab_size}; "
+            f"use --model.vocab-size {tokenizer.vocab_size}, or a tokenizer of {config.model.vocab_size} pieces"
+        )
+    if config.rows < 1 or config.batch_tokens % config.length:
+        raise UserError(
+            f"--batch-tokens {config.batch_tokens} is not a multiple of the sequence length {config.length}; "
+            f"try --batch-tokens {max(config.rows, 1) * config.length}"
+        )
+    if config.micro_batches < 1 or config.rows % config.micro_batches:
+        raise UserError(
+            f"--micro-batches {config.micro_batches} does not divide the {config.rows} sequences of a batch"
+        )
+    return tokenizer
+
+
+def open_run(config: PretrainConfig, tokenizer: Tokenizer) -> Checkpoints:
+    """Creates or reopens the run's folder, and writes config.json and tokenizer.model into it.
+
+    Raises:
+      UserError: it cannot be written, or what is in it goes against `config.resume` or is another recipe's.
+    """
+    folder = Path(config.out)
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
+    except OSError as error:
+        raise UserError(
+            f"--out {folder} cannot be written: {error.strerror}; name a folder that can, with --out"
+        ) from error
+    found = checkpoints.newest_metadata()
+    if config.resume == "never" and found:
+        raise UserError(
+            f"{folder} holds a run at step {checkpoints.steps()[-1]}; name another --out, or go on with --resume auto"
+        )
+    if config.resume == "must" and not found:
+        raise UserError(
+            f"--resume must, but {folder / 'checkpoints'} holds no checkpoint; use --resume auto to begin one"
+        )
+    if found and (changes := differences(found["recipe"], decisive(config, tokenizer))):
+        raise UserError(
+            f"the run in {folder} was begun with another recipe:\n"
+            + "\n".join(f"  {name}: {was} there, {now} here" for name, was, now in changes)
+            + "\nrestore these values to go on with it, or begin another run with --out"
+        )
+    if jax.process_index() == 0:
+        write_whole(folder / FILE_NAME, tokenizer.model_bytes)
+        resolved = {"stage": "pretrain", "config": dataclasses.asdict(config), "versions": installed_versions()}
+        write_whole(folder / "config.json", json.dumps(resolved, indent=2).encode())
+    return checkpoints
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it, so that it is never seen half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def begin(
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    checkpoints: Checkpoints,
+    optimizer: GradientTransformation,
+    abstract: TrainState,
+) -> tuple[TrainState, Cursor]:
+    """The state to train from: the newest checkpoint's, or a new one around `init_from`'s or random parameters.
+
+    Raises:
+      UserError: `init_from` is another model's or another tokenizer's.
+    """
+    if restored := checkpoints.restore_newest(abstract):
+        state, metadata = restored
+        say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
+        return state, Cursor(**metadata["cursor"])
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if not config.init_from:
+        create = jax.jit(
+            lambda: steps.init_state(config.model, optimizer, jax.random.key(config.seed)), out_shardings=layout
+        )
+        return create(), Cursor()
+    model, other_tokenizer = load_model(config.init_from, layout.model.norm_D.mesh)
+    # The rotary embedding has no parameters: a longer context may stretch it (as Code Llama did).
+    stretched = {name: getattr(config.model, name) for name in ("context_length", "rope_theta", "rope_scaling")}
+    changes = differences(
+        dataclasses.asdict(dataclasses.replace(model.config, **stretched)) | {"tokenizer": other_tokenizer.sha256},
+        dataclasses.asdict(config.model) | {"tokenizer": tokenizer.sha256},
+    )
+    if changes:
+        listed = ", ".join(f"{name} {was} there and {now} here" for name, was, now in changes)
+        raise UserError(f"--init-from {config.init_from} is a checkpoint of another model: {listed}")
+    adopt = jax.jit(
+        lambda leaves: steps.new_state(jax.tree.unflatten(jax.tree.structure(abstract.model), leaves), optimizer),
+        out_shardings=layout,
+    )
+    return adopt(jax.tree.leaves(model)), Cursor()
+
+
+def compile_step(
+    config: PretrainConfig, optimizer: GradientTransformation, abstract: TrainState, mesh: Mesh
+) -> tuple[Callable, dict[str, Any]]:
+    """Compiles the training step without any array, and reports what it will take.
+
+    Returns:
+      the compiled step, and the resolved recipe with mesh, parameters and bytes per device.
+
+    Raises:
+      UserError: the compiler finds that it does not fit the device's memory.
+    """
+    say(f"compiling the step of a {format_count(config.model.n_params)}-parameter model ...")
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    train_step = steps.make_train_step(
+        optimizer, config.compute, micro_batches=config.micro_batches, z_loss=config.z_loss, layout=layout
+    )
+    began = time.monotonic()
+    try:
+        compiled = train_step.lower(abstract, steps.abstract_batch(mesh, config.rows, config.length)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the step does not fit the memory of a device: {str(error).splitlines()[0][:300]}; "
+            "try --compute.remat full, more --micro-batches, or a mesh with more fsdp or tensor"
+        ) from error
+    memory = compiled.memory_analysis()
+    state_bytes = memory.argument_size_in_bytes
+    available = device_memory()
+    plan = {
+        "recipe": dataclasses.asdict(config),
+        "mesh": mesh_sizes(mesh),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "parameters": config.model.n_params,
+        "steps": config.total_steps,
+        "sequences_per_batch": config.rows,
+        "bytes_per_device": {"state_and_batch": state_bytes, "temporary": memory.temp_size_in_bytes},
+        "bytes_available": None if available is None else int(available[1] * 1e9),
+        "compile_seconds": round(time.monotonic() - began, 1),
+    }
+    return compiled, plan
+
+
+def banner(config: PretrainConfig, mesh: Mesh, plan: dict[str, Any]) -> str:
+    """The plan of `compile_step` for people."""
+    state, temporary = plan["bytes_per_device"].values()
+    available = plan["bytes_available"]
+    lines = [
+        f"devices     {plan['devices']}, mesh {format_mesh(mesh_sizes(mesh))}, {jax.process_count()} process(es)",
+        f"parameters  {config.model.n_params:,}",
+        f"data        {', '.join(config.data.sources)}",
+        f"batch       {config.batch_tokens:,} tokens: {config.rows} sequences of {config.length}, "
+        f"in {config.micro_batches} part(s)",
+        f"steps       {config.total_steps:,} for {format_count(config.train_tokens)} tokens",
+        f"memory      {(state + temporary) / 1e9:.2f} GB a device predicted ({state / 1e9:.2f} state and batch, "
+        f"{temporary / 1e9:.2f} temporary)" + ("" if available is None else f", {available / 1e9:.1f} available"),
+        f"compute     {config.compute.dtype} matmuls, attention {config.compute.attention}, remat {config.compute.remat}; "
+        f"compiled in {plan['compile_seconds']} s",
+        f"run folder  {config.out}",
+    ]
+    return "\n".join(lines)
+
+
+def make_evaluation(
+    config: PretrainConfig, tokenizer: Tokenizer, mesh: Mesh
+) -> Callable[[TrainState], dict[str, float]]:
+    """Builds the evaluation of a state: held-out loss in nats per token and in bits per byte, and samples written to
+    the run's folder.
+    """
+    if not (config.data.held_out or config.data.eval_sources):
+        return lambda state: write_samples(config, tokenizer, state) or {}
+    step = steps.make_eval_step(config.compute)
+    n_bytes = held_out_bytes(config.data, tokenizer)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        nats = targets = 0.0
+        batches = held_out_batches(
+            config.data, tokenizer, rows=config.rows, length=config.length, **share_of_process(mesh, config.rows)
+        )
+        for batch in batches:
+            batch_nats, batch_targets = step(state.model, to_devices(mesh, batch, config.rows))
+            nats, targets = nats + float(batch_nats), targets + int(batch_targets)
+        write_samples(config, tokenizer, state)
+        return {"eval/loss": nats / targets, "eval/bits_per_byte": nats / math.log(2) / n_bytes}
+
+    return evaluate
+
+
+def write_samples(config: PretrainConfig, tokenizer: Tokenizer, state: TrainState) -> None:
+    """Writes continuations of the recipe's prompts to samples/<step>.txt."""
+    if not config.sample_prompts or jax.process_count() > 1:
+        return  # Our choice: a run over several hosts is sampled from its checkpoints instead of stalling all of them
+    engine = Engine(state.model, tokenizer)
+    completions = engine.generate(
+        list(config.sample_prompts), seed=config.seed, max_new_tokens=min(100, config.length - 1)
+    )
+    text = "\n\n".join(f"{prompt}|{c.text}" for prompt, c in zip(config.sample_prompts, completions, strict=True))
+    write_whole(Path(config.out) / "samples" / f"{int(state.step)}.txt", (text + "\n").encode())
+
+
+def share_of_process(mesh: Mesh, rows: int) -> dict[str, int]:
+    """Which equal share of a batch's rows this process feeds to its devices, as `make_batches` takes it."""
+    span = batch_rows_of_process(mesh, rows)
+    return {"process_index": span.start // (span.stop - span.start), "process_count": rows // (span.stop - span.start)}
+
+
+def decisive(config: PretrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything of a recipe that decides the run's numbers, as JSON: it must be the same when the run goes on."""
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name in FREE_TO_CHANGE:
+        *parents, last = name.split(".")
+        inner = fields
+        for parent in parents:
+            inner = inner[parent]
+        del inner[last]
+    return fields | {"tokenizer": tokenizer.sha256}
+
+
+def differences(was: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """The (dotted name, old value, new value) of everything in which two JSON values differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return [
+            change
+            for key in sorted(was.keys() | now.keys())
+            for change in differences(was.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if was == now else [(name, was, now)]

@@ -1,0 +1,270 @@
+"""Checkpoints through Orbax: complete folders, written behind the training, verified bit by bit when read.
+
+A checkpoint is `checkpoints/<step>/` with three items, `model` (parameters), `training` (optimizer and counters) and
+`tokenizer`, and JSON metadata: the
+architecture, the recipe, the data cursor, and a fingerprint of every array. Orbax notices a missing file but not a
+changed byte; the fingerprints
+notice both, and an array that was put back together wrongly on another mesh.
+"""
+
+import dataclasses
+import logging
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from llama_jax.config import llama_config_from_json
+from llama_jax.errors import UserError
+from llama_jax.model import transformer
+from llama_jax.model.transformer import Llama
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training.step import TrainState
+
+VERSIONED = ("llama_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+
+log = logging.getLogger(__name__)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide a run's numbers and the form of its files."""
+    return {name: version(name) for name in VERSIONED}
+
+
+class Checkpoints:
+    """The checkpoints of one run: saves without stalling the steps, keeps the last few and every so many, restores the
+    newest whole one.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 3, keep_every: int | None = None):
+        """Opens the folder, creating it.
+
+        Args:
+          folder: the run's `checkpoints/`.
+          keep_last: newest checkpoints to keep.
+          keep_every: also keep the checkpoints of steps divisible by this.
+        """
+        keep = ocp.training.preservation_policies
+        policies = [keep.LatestN(keep_last), *([keep.EveryNSteps(keep_every)] if keep_every else [])]
+        self.folder = folder
+        self._orbax = ocp.training.Checkpointer(
+            folder.resolve(), preservation_policy=keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        self._saving: Any = None
+
+    def save(self, state: TrainState, metadata: dict, tokenizer: Tokenizer) -> None:
+        """Starts to save `state`; returns as soon as the arrays are copied, and raises here what the previous save
+        failed with.
+        """
+        self.wait()
+        items = {"model": _flat(state.model), "training": _flat(dataclasses.replace(state, model=None))}
+        metadata = metadata | {
+            "model": dataclasses.asdict(state.model.config),
+            "fingerprints": {name: _fingerprints(arrays) for name, arrays in items.items()},
+            "versions": installed_versions(),
+        }
+        items["tokenizer"] = {"sentencepiece": np.frombuffer(tokenizer.model_bytes, np.uint8)}
+        self._saving = self._orbax.save_checkpointables_async(
+            int(state.step), items, force=True, custom_metadata=metadata
+        )
+
+    def wait(self) -> None:
+        """Blocks until the save under way is on disk, and raises what it failed with."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def close(self) -> None:
+        """Finishes what is under way."""
+        self.wait()
+        self._orbax.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, oldest first."""
+        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def newest_metadata(self) -> dict | None:
+        """Metadata of the newest checkpoint that has any, without reading arrays; None if there is no checkpoint."""
+        for step in reversed(self.steps()):
+            try:
+                return read_metadata(self.folder / str(step))
+            except UserError as error:
+                log.warning("%s", error)
+        return None
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
+        """Reads the newest whole checkpoint onto the shapes and shardings of `abstract`; None if there is none at all.
+
+        A checkpoint that is not whole is reported, moved to `corrupt/` beside the checkpoints, and the one before it
+        is tried.
+
+        Raises:
+          UserError: there are checkpoints, and none is whole.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self._restore(step, abstract)
+            except UserError as error:
+                self._set_aside(step)
+                log.warning(
+                    "%s; it was moved to %s and the one before it is tried", error, self.folder.parent / "corrupt"
+                )
+        if steps:
+            raise UserError(
+                f"{self.folder}: none of the checkpoints {steps} is whole; all were moved to corrupt/ beside it; "
+                "the same command now begins anew"
+            )
+        return None
+
+    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
+        folder = self.folder / str(step)
+        metadata = read_metadata(folder)
+        rest = dataclasses.replace(abstract, model=None)
+        loaded = _load_verified(folder, {"model": _flat(abstract.model), "training": _flat(rest)}, metadata)
+        model = _unflat(abstract.model, loaded["model"])
+        return dataclasses.replace(_unflat(rest, loaded["training"]), model=model), metadata
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            aside = self.folder.parent / "corrupt"
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / str(step), ignore_errors=True)
+            (self.folder / str(step)).rename(aside / str(step))
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
+        self._orbax.reload()
+
+
+def load_model(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Llama, Tokenizer]:
+    """Reads the parameters and the tokenizer of a checkpoint, for inference or as a beginning.
+
+    Args:
+      path: a run folder (its newest whole checkpoint is taken), or one `checkpoints/<step>` folder.
+      mesh: where the parameters go; one device if none.
+      dtype: what they are cast to; as saved if none.
+
+    Raises:
+      UserError: nothing there is a checkpoint, or none is whole.
+    """
+    folders = find_checkpoints(Path(path))
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+    for folder in reversed(folders):
+        try:
+            metadata = read_metadata(folder)
+            abstract = transformer.abstract(llama_config_from_json(metadata["model"]), mesh)
+            model = _unflat(abstract, _load_verified(folder, {"model": _flat(abstract)}, metadata)["model"])
+            return (model if dtype is None else jax.jit(lambda m: m.cast(dtype))(model)), load_tokenizer(folder)
+        except UserError as error:
+            if folder == folders[0]:
+                raise
+            log.warning("%s; the one before it is used", error)
+    raise AssertionError("find_checkpoints returned an empty list")
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The checkpoint folders that `path` names, oldest first: itself, or those of a run.
+
+    Raises:
+      UserError: there is none.
+    """
+    if (path / "_CHECKPOINT_METADATA").is_file():
+        return [path]
+    for folder in (path / "checkpoints", path):
+        steps = sorted((p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()), key=lambda p: int(p.name))
+        if steps:
+            return steps
+    if not path.exists():
+        found = "it does not exist"
+    else:
+        found = f"it holds {sorted(p.name for p in path.iterdir())[:8]}" if path.is_dir() else "it is a file"
+    raise UserError(
+        f"{path} is not a checkpoint: {found}; expected a run folder with checkpoints/, or one checkpoints/<step> folder"
+    )
+
+
+def read_metadata(folder: Path) -> dict:
+    """The JSON metadata of one checkpoint folder.
+
+    Raises:
+      UserError: it cannot be read, or was not written by this program.
+    """
+    try:
+        metadata = ocp.checkpointables_metadata(folder.resolve()).custom_metadata
+    except Exception as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {_first_line(error)}") from error
+    if not metadata or "fingerprints" not in metadata:
+        raise UserError(f"checkpoint {folder} has no llama_jax metadata; expected one written by llama-jax pretrain")
+    return metadata
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that a checkpoint folder carries."""
+    shape = ocp.checkpointables_metadata(folder.resolve()).metadata["tokenizer"]["sentencepiece"].shape
+    stored = ocp.load_checkpointables(folder.resolve(), {"tokenizer": {"sentencepiece": np.empty(shape, np.uint8)}})
+    return Tokenizer(np.asarray(stored["tokenizer"]["sentencepiece"]).tobytes())
+
+
+def _load_verified(folder: Path, wanted: dict[str, dict], metadata: dict) -> dict[str, dict]:
+    for item, arrays in wanted.items():
+        stored = metadata["fingerprints"].get(item, {})
+        if stored.keys() != arrays.keys():
+            missing, extra = sorted(arrays.keys() - stored.keys()), sorted(stored.keys() - arrays.keys())
+            raise UserError(
+                f"checkpoint {folder}: its {item} is another one's: it lacks {missing[:4]} and has {extra[:4]} too many"
+            )
+    try:
+        loaded = ocp.load_checkpointables(folder.resolve(), wanted)
+    except Exception as error:  # Orbax, TensorStore and the file system each raise their own kinds for a damaged folder
+        raise UserError(f"checkpoint {folder} cannot be read whole: {_first_line(error)}") from error
+    for item, arrays in loaded.items():
+        found, stored = _fingerprints(arrays), metadata["fingerprints"][item]
+        if changed := [name for name in stored if found[name] != stored[name]]:
+            raise UserError(f"checkpoint {folder} is damaged: {item} arrays {changed[:4]} are not what was saved")
+    return loaded
+
+
+def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    """A 32-bit sum of every array's bits, each weighted by its place: the same on every mesh, because integer sums do
+    not round.
+    """
+
+    @jax.jit
+    def sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        def one(x: jax.Array) -> jax.Array:
+            bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(
+                jnp.uint32
+            )
+            place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+            return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+        return jax.tree.map(one, arrays)
+
+    return {name: int(value) for name, value in jax.device_get(sums(arrays)).items()}
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """A tree as {"layers.wq_DNH": leaf}: names that outlive the Python classes."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _unflat(like: Any, flat: dict[str, Any]) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: flat[jax.tree_util.keystr(path, simple=True, separator=".")], like
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
