@@ -73,7 +73,6 @@ class Block(nnx.Module):
 
     def finish(self, x_BTD: jax.Array, heads_BTNH: jax.Array, eps: float) -> jax.Array:
         """Adds the attention output and then the feed-forward to the residual stream."""
-        heads_BTNH = checkpoint_name(heads_BTNH, "attention_out")
         x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", heads_BTNH, self.wo_NHD)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         h_BTD = rms_norm(x_BTD, self.ffn_norm_D, eps)
