@@ -37,7 +37,8 @@ class TokenShards:
         if index["tokenizer_sha256"] != tokenizer.sha256:
             raise UserError(
                 f"The token shards in {folder} were made with another tokenizer "
-                f"(sha256 {index['tokenizer_sha256'][:12]}, vocabulary {index['vocab_size']}) than this one ({tokenizer.sha256[:12]}, {tokenizer.vocab_size}). "
+                f"(sha256 {index['tokenizer_sha256'][:12]}, vocabulary {index['vocab_size']}) "
+                f"than this one ({tokenizer.sha256[:12]}, {tokenizer.vocab_size}). "
                 "Use that tokenizer, or tokenise again: `llama-jax tokenize`."
             )
         self._documents = [shard["documents"] for shard in index["shards"]]
