@@ -12,6 +12,7 @@ OUT ?= runs/demo
 
 VENV := .venv
 BIN := $(VENV)/bin
+CREATED := $(VENV)/.created
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 PINS := pyproject.toml requirements.lock
@@ -53,17 +54,19 @@ clean:  ## Remove .venv and caches (runs/ stays)
 	@rm -rf $(VENV) $(VENV)-lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find llama_jax tests experiments bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(BIN)/python:
+# Stamps rather than the files themselves, so that what was interrupted is done again.
+$(CREATED):
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found; install one or name it: make PYTHON=/path/to/python" >&2; exit 2; }
 	@echo "creating $(VENV) with $$($(PYTHON) -V)" >&2
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
 
-$(RUNTIME): $(PINS) | $(BIN)/python
+$(RUNTIME): $(PINS) | $(CREATED)
 	@echo "installing llama_jax and its dependencies into $(VENV), about a minute" >&2
 	@$(PIP) install -q -c requirements.lock -e .
 	@touch $@
 
-$(DEV): $(PINS) $(RUNTIME) | $(BIN)/python
+$(DEV): $(PINS) $(RUNTIME) | $(CREATED)
 	@echo "installing the development tools into $(VENV)" >&2
 	@$(PIP) install -q -c requirements.lock -e '.[dev]'
 	@touch $@

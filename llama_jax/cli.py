@@ -1,7 +1,7 @@
 """The command `llama-jax`: finds the verb, and turns every ending into a message and an exit code.
 
-Exit codes: 0 done, 1 a bug (traceback), 2 bad input, 3 diverged, 42 preempted and saved; 130 interrupted and 141 reader gone, as shells have it.
-Nothing is imported before it is needed: `llama-jax --help` loads the standard library and this file.
+Exit codes: 0 done, 1 a bug (traceback), 2 bad input, 3 diverged, 42 preempted and saved; 130 interrupted and 141 reader
+gone, as shells have it. Nothing is imported before it is needed: `llama-jax --help` loads the standard library and this file.
 """
 
 import difflib

@@ -48,7 +48,7 @@ class Check:
 
 
 def run(as_json: bool) -> int:
-    """Prints the report to stdout, a table in a terminal and lines on a pipe; returns 0, or 2 if something required is wrong."""
+    """Prints the report, a table in a terminal and lines on a pipe; returns 0, or 2 if something required is wrong."""
     checks = list(examine())
     ok = all(check.status != "wrong" for check in checks)
     if as_json:
@@ -220,7 +220,7 @@ def _devices() -> Iterator[Check]:
 
 
 def _requirements() -> list[tuple[str, str | None]]:
-    """Every dependency with the extra it belongs to, None for the required ones; of the checkout, else of the installed package."""
+    """Every dependency with its extra, None for the required ones; the checkout's, else the installed package's."""
     pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
     if pyproject.is_file():
         project = tomllib.loads(pyproject.read_text())["project"]

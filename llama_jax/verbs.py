@@ -1,4 +1,4 @@
-"""The verbs of the command line: each takes the words behind its name and calls the part of llama_jax that does the work.
+"""The verbs of the command line: each takes the words behind its name and calls the part of llama_jax that does it.
 
 Flags are the parameters of a function or the fields of a stage's config; the heavy parts are imported when a verb runs.
 """
@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import arg
@@ -15,7 +15,11 @@ from tyro.conf import arg
 from llama_jax.errors import UserError
 from llama_jax.recipes import list_recipes, load_recipe
 
+if TYPE_CHECKING:
+    from llama_jax.text.tokenizer import Tokenizer
+
 Json = Annotated[bool, arg(name="json")]
+Sources = Annotated[tuple[str, ...], arg(metavar="SOURCE...")]
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -45,9 +49,11 @@ def pretrain(argv: Sequence[str]) -> None:
     from llama_jax.stages.pretrain import PretrainConfig, run
 
     recipes = ", ".join(path.stem for path in list_recipes()) or "none here"
-    text = f"""Pretrain a model (paper 2.2) from a recipe: a Python file, or the name of one in experiments/ ({recipes}).
+    text = f"""Pretrain a model (paper 2.2) from a recipe: a Python file, or the name of one in experiments/.
 
-Every field of the recipe is a flag. A run that was interrupted goes on where it stopped: start it again with the same --out.
+Recipes: {recipes}.
+
+Every field of the recipe is a flag. A run that was interrupted goes on when it is started again with the same --out.
 
 Examples:
   llama-jax pretrain experiments/tiny_end_to_end.py --out runs/tiny
@@ -121,30 +127,46 @@ def generate(argv: Sequence[str]) -> None:
 
 
 def tokenize(argv: Sequence[str]) -> None:
-    """See llama_jax.data.token_shards."""
+    """See llama_jax.data.documents."""
 
     def run(
-        sources: Annotated[tuple[str, ...], arg(metavar="SOURCE...")],
+        sources: Sources,
         /,
         *,
         tokenizer: str,
         out: str,
+        workers: int = 0,
+        dry_run: bool = False,
+        as_json: Json = False,
     ) -> None:
         """Turn text into token shards once, so that later runs read ids instead of tokenising again.
 
+        What was interrupted goes on when it is started again. Train from the shards with --data.sources tokens:FOLDER.
+
         Examples:
           llama-jax tokenize "text:books/*.txt" --tokenizer books.model --out books.tokens
-          llama-jax tokenize tfds:tiny_shakespeare:train "jsonl:notes.jsonl.zst" --tokenizer books.model --out mixed.tokens
+          llama-jax tokenize tfds:tiny_shakespeare jsonl:notes.jsonl.zst --tokenizer books.model --out mixed.tokens
 
         Args:
           sources: tfds:NAME[:SPLIT], text:FILES, jsonl:FILES or hf:NAME; in quotes where they hold a star.
           tokenizer: A SentencePiece model, or a folder with tokenizer.model.
           out: The folder to write.
+          workers: Processes that tokenise beside the one that writes.
+          dry_run: Count the documents and touch nothing.
+          as_json: Print the shards' index as JSON.
         """
-        from llama_jax.data.token_shards import write_token_shards
+        from llama_jax.data import documents
+        from llama_jax.data.sources import open_source
         from llama_jax.text.tokenizer import Tokenizer
 
-        write_token_shards(sources, Tokenizer.load(tokenizer), out)
+        loaded = Tokenizer.load(tokenizer)
+        if dry_run:
+            counts = {spec: len(open_source(spec, loaded)) for spec in _some(sources)}
+            _print_counts(counts, f"would write token shards to {out}", as_json)
+            return
+        index = documents.tokenize(_some(sources), loaded, out, workers=workers, say=_say)
+        if as_json:
+            print(json.dumps(index))
 
     _call(run, "tokenize", argv)
 
@@ -191,12 +213,13 @@ Examples:
 
 
 def _train_tokenizer(
-    sources: Annotated[tuple[str, ...], arg(metavar="SOURCE...")],
+    sources: Sources,
     /,
     *,
     out: str,
     vocab_size: int = 32_000,
     dry_run: bool = False,
+    as_json: Json = False,
 ) -> None:
     """Train a tokenizer with the paper's settings: BPE, single digits, unknown characters as bytes, nothing normalised.
 
@@ -209,20 +232,23 @@ def _train_tokenizer(
       out: The model file to write.
       vocab_size: Pieces, control and byte pieces included.
       dry_run: Count the documents and touch nothing.
+      as_json: Print size, special ids and checksum as JSON.
     """
-    from itertools import chain
-
     from llama_jax.data.sources import open_source
     from llama_jax.text.tokenizer import Tokenizer
 
-    opened = [open_source(spec) for spec in sources]
+    if shards := [spec for spec in _some(sources) if spec.startswith("tokens:")]:
+        raise UserError(f"{shards[0]} holds ids, and a tokenizer is trained on text; name the text they were made from")
+    opened = {spec: open_source(spec, None) for spec in sources}
     if dry_run:
-        for spec, documents in zip(sources, opened, strict=True):
-            print(f"{spec}: {len(documents)} documents")
-        print(f"would train {vocab_size} pieces and write {out}")
+        counts = {spec: len(documents) for spec, documents in opened.items()}
+        _print_counts(counts, f"would train {vocab_size} pieces and write {out}", as_json)
         return
-    trained = Tokenizer.train(chain.from_iterable(opened), out, vocab_size=vocab_size)
-    print(f"{out}: {trained.vocab_size} pieces", file=sys.stderr)
+    texts = (documents[i] for documents in opened.values() for i in range(len(documents)))
+    trained = Tokenizer.train(texts, out, vocab_size=vocab_size)
+    _say(f"{out}: {trained.vocab_size} pieces")
+    if as_json:
+        print(json.dumps(_facts(trained)))
 
 
 def _encode(
@@ -287,15 +313,30 @@ def _tokenizer_info(model: Annotated[str, arg(metavar="MODEL")], /, *, as_json: 
     """
     from llama_jax.text.tokenizer import Tokenizer
 
-    loaded = Tokenizer.load(model)
-    facts = {
-        "vocab_size": loaded.vocab_size,
-        "bos_id": loaded.bos_id,
-        "eos_id": loaded.eos_id,
-        "unk_id": loaded.unk_id,
-        "sha256": loaded.sha256,
-    }
+    facts = _facts(Tokenizer.load(model))
     print(json.dumps(facts) if as_json else "\n".join(f"{name:<12}{value}" for name, value in facts.items()))
+
+
+def _facts(tokenizer: "Tokenizer") -> dict[str, Any]:
+    return {name: getattr(tokenizer, name) for name in ("vocab_size", "bos_id", "eos_id", "unk_id", "sha256")}
+
+
+def _some(sources: tuple[str, ...]) -> tuple[str, ...]:
+    if not sources:
+        raise UserError("no source given; name at least one, such as text:corpus.txt")
+    return sources
+
+
+def _print_counts(counts: dict[str, int], what_next: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"documents": counts}))
+        return
+    print("\n".join(f"{spec}: {count} documents" for spec, count in counts.items()))
+    print(what_next)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _call(function: Callable, name: str, argv: Sequence[str]) -> Any:

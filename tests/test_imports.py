@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llama_jax"
 
-# A module may import from lower layers and from its own part, never from above. Parts that share a layer do not see each other.
+# A module may import from lower layers and from its own part; parts that share a layer do not see each other.
 LAYERS = [
     {"errors"},
     {"config"},
@@ -37,7 +37,7 @@ MODULES = {
 
 
 def imports_of(path: Path, module: str) -> set[str]:
-    """Full names of everything a file imports, inside functions too; `from a import b` counts as a.b where that is a module."""
+    """Full names of all imports in a file, inside functions too; `from a import b` is a.b where that is a module."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,5 +1,6 @@
 """The project's files agree with each other: dependencies, reasons, pins, version."""
 
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -22,7 +23,7 @@ def test_requirements_txt_is_the_same_set():
 
 def test_every_dependency_has_its_reason():
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
-    for requirement in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]:
+    for requirement in itertools.chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
         (line, *_) = (line for line in lines if f'"{requirement}",' in line)
         assert len(line.partition("#")[2].split()) >= 2, f"{requirement} has no reason"
 

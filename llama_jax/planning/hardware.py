@@ -1,6 +1,7 @@
 """Chips as data: the peaks that MFU, rooflines and memory plans are measured against.
 
-TPU figures are Google's published specifications, GPU figures NVIDIA's data sheets: dense bf16 (no sparsity), memory in units of 1e9 bytes.
+TPU figures are Google's published specifications, GPU figures NVIDIA's data sheets: dense bf16 (no sparsity), memory in
+units of 1e9 bytes.
 """
 
 from dataclasses import dataclass
