@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 Json = Annotated[bool, arg(name="json")]
+# A field that is a dataclass or None keeps what the recipe chose, instead of becoming a subcommand.
+_PLAIN = (tyro.conf.AvoidSubcommands,)
 Sources = Annotated[tuple[str, ...], arg(metavar="SOURCE...")]
 
 
@@ -60,7 +62,7 @@ Examples:
   llama-jax pretrain experiments/tiny_end_to_end.py --data.sources "text:books/*.txt" --out runs/books
   llama-jax pretrain experiments/pretrain_7b.py --mesh fsdp=8 --optimizer.peak-lr 1e-4 --dry-run"""
     if "-h" in argv[:1] or "--help" in argv[:1]:
-        tyro.cli(PretrainConfig, args=["--help"], prog="llama-jax pretrain RECIPE", description=text)
+        tyro.cli(PretrainConfig, args=["--help"], prog="llama-jax pretrain RECIPE", description=text, config=_PLAIN)
     if not argv or argv[0].startswith("-"):
         raise UserError(
             f"name the recipe first: llama-jax pretrain RECIPE [flags]. Recipes: {recipes}. (llama-jax pretrain --help)"
@@ -73,8 +75,7 @@ Examples:
             args=argv[1:],
             prog=f"llama-jax pretrain {argv[0]}",
             description=text,
-            # A field that is a dataclass or None keeps what the recipe chose, instead of becoming a subcommand.
-            config=(tyro.conf.AvoidSubcommands,),
+            config=_PLAIN,
         )
     )
 
