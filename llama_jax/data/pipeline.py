@@ -19,7 +19,16 @@ from llama_jax.data.sources import SCHEMES, Documents, open_source
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Cursor", "DataConfig", "held_out_batches", "held_out_bytes", "held_out_documents", "make_batches"]
+__all__ = [
+    "Batch",
+    "Cursor",
+    "DataConfig",
+    "held_out_batches",
+    "held_out_bytes",
+    "held_out_documents",
+    "make_batches",
+    "training_documents",
+]
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,19 @@ def make_batches(
     some_text = _refuse_emptiness(documents, sum(map(len, sources)))
     batches = pack(some_text, rows=rows, length=length, own_rows=own_rows, cursor=cursor)
     return _prefetched(batches, config.prefetch)
+
+
+def training_documents(config: DataConfig) -> Iterator[str]:
+    """Gives the texts of the documents that are trained on, once, source by source: what a tokenizer may learn from.
+
+    Raises UserError for bad sources, and for token shards, which hold no text.
+    """
+    period = _held_out_period(config)
+    for spec in config.sources:
+        source = open_source(spec)
+        if period and not config.eval_sources:
+            source = _part(source, spec, period, held_out=False)
+        yield from (source[i] for i in range(len(source)))
 
 
 def held_out_batches(
@@ -183,7 +205,8 @@ def _prefetched(items: Iterator, ahead: int) -> Iterator:
     stop = threading.Event()
 
     def put(entry: tuple) -> None:
-        while not stop.is_set():
+        # Also ends with the program: a daemon thread instead would be killed inside C++ code, which aborts the process.
+        while not stop.is_set() and threading.main_thread().is_alive():
             with contextlib.suppress(queue.Full):
                 return ready.put(entry, timeout=0.1)
 
@@ -191,13 +214,13 @@ def _prefetched(items: Iterator, ahead: int) -> Iterator:
         try:
             for item in items:
                 put((item, None))
-                if stop.is_set():
+                if stop.is_set() or not threading.main_thread().is_alive():
                     return
             put((None, StopIteration()))
         except BaseException as error:  # to be raised where the reader stands
             put((None, error))
 
-    thread = threading.Thread(target=work, name="llama_jax batches", daemon=True)
+    thread = threading.Thread(target=work, name="llama_jax batches")
     thread.start()
     try:
         while True:

@@ -30,7 +30,7 @@ class Documents(Protocol):
     def __getitem__(self, index: int) -> str | np.ndarray: ...
 
 
-def open_source(spec: str, tokenizer: Tokenizer) -> Documents:
+def open_source(spec: str, tokenizer: Tokenizer | None = None) -> Documents:
     """Opens one source, for example `text:books/*.txt`; `tokenizer` is what token shards are checked against.
 
     Raises UserError for an unknown scheme, missing or empty data, a missing field, or shards of another tokenizer.
@@ -41,6 +41,10 @@ def open_source(spec: str, tokenizer: Tokenizer) -> Documents:
     if scheme == "text":
         return TextFiles(rest)
     if scheme == "tokens":
+        if tokenizer is None:
+            raise UserError(
+                f"{spec} holds no text to train a tokenizer on. Name the one it was made with: --tokenizer."
+            )
         return TokenShards(rest, tokenizer)
     name, _, field = rest.partition("#")
     if scheme == "jsonl":
@@ -114,7 +118,7 @@ def _open_tfds(rest: str, field: str) -> _Records:
     try:
         return _Records(builder.as_data_source(split), field, f"tfds:{rest}")
     except ValueError as error:
-        raise UserError(f"tfds:{rest}: {error}. Its splits are {', '.join(builder.info.splits)}.") from None
+        raise UserError(f"tfds:{rest}: {error} Check the split.") from None
 
 
 def _open_hf(rest: str, field: str) -> _Records:

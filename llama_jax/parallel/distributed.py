@@ -10,7 +10,8 @@ LAUNCHERS = {
     "JAX_COORDINATOR_ADDRESS": lambda value: bool(value),
     "SLURM_NTASKS": lambda value: int(value) > 1,
     "OMPI_COMM_WORLD_SIZE": lambda value: int(value) > 1,
-    "TPU_WORKER_HOSTNAMES": lambda value: len(value.split(",")) > 1,
+    # Off a TPU, jax with libtpu installed writes a warning into it instead of names.
+    "TPU_WORKER_HOSTNAMES": lambda value: len(value.split(",")) > 1 and "WARNING" not in value,
     "MEGASCALE_NUM_SLICES": lambda value: int(value) > 1,
 }
 

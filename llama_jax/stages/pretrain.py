@@ -1,8 +1,7 @@
 """Pretraining (paper 2.2): next-token prediction over packed documents, from a recipe to a run folder.
 
 A run folder holds config.json, tokenizer.model, metrics.jsonl, tensorboard/, samples/ and checkpoints/<step>/.
-Starting the same command again goes on
-from the newest checkpoint, to the bit as if it had never stopped.
+Starting the same command again goes on from the newest checkpoint, to the bit as if it had never stopped.
 """
 
 import dataclasses
@@ -15,21 +14,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from optax import GradientTransformation
 
 from llama_jax.config import Compute, LlamaConfig
-from llama_jax.data.pipeline import Cursor, DataConfig, held_out_batches, held_out_bytes, make_batches
+from llama_jax.data.pipeline import Cursor, DataConfig, make_batches, training_documents
 from llama_jax.errors import UserError
 from llama_jax.generation.engine import Engine
 from llama_jax.parallel import distributed
-from llama_jax.parallel.mesh import batch_rows_of_process, check_divides, format_mesh, make_mesh, mesh_sizes
+from llama_jax.parallel.mesh import check_divides, format_mesh, make_mesh, mesh_sizes
 from llama_jax.text.tokenizer import FILE_NAME, Tokenizer
 from llama_jax.training import step as steps
-from llama_jax.training.checkpoint import Checkpoints, installed_versions, load_model
-from llama_jax.training.loop import LoopConfig, fit, to_devices
+from llama_jax.training.batches import share_of_process
+from llama_jax.training.checkpoint import Checkpoints, load_model
+from llama_jax.training.held_out import make_held_out_loss
+from llama_jax.training.loop import LoopConfig, fit
 from llama_jax.training.metrics import device_memory, format_count, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from llama_jax.training.run_folder import differences, make_folder, open_run, without, write_whole
 from llama_jax.training.step import TrainState
 
 
@@ -42,7 +45,7 @@ class PretrainConfig:
     train_tokens: int
     """Tokens to train on in all; 2.0T in the paper."""
     tokenizer: str = ""
-    """A SentencePiece model file, or a folder with tokenizer.model; its size must be the model's vocab_size."""
+    """A SentencePiece model file, or a folder with tokenizer.model; empty: train one on the training documents."""
     data: DataConfig = field(default_factory=DataConfig)
     """The documents."""
     batch_tokens: int = 4 * 2**20
@@ -92,17 +95,12 @@ class PretrainConfig:
         return math.ceil(self.train_tokens / self.batch_tokens)
 
 
-# What may differ between a run and its continuation: where and how it runs, not what it computes.
+# What may differ between a run and its continuation: where and how it runs, not what it computes. The tokenizer is
+# compared by its content.
 FREE_TO_CHANGE = (
-    *(
-        "compute.attention",
-        "compute.remat",
-        "compute.loss_chunk",
-        "data.workers",
-        "data.prefetch",
-        "data.eval_documents",
-    ),
-    *("loop", "micro_batches", "sample_prompts", "mesh", "out", "resume", "dry_run", "json", "tokenizer"),
+    *("compute.attention", "compute.remat", "compute.loss_chunk", "data.workers", "data.prefetch"),
+    *("data.eval_documents", "loop", "micro_batches", "sample_prompts"),
+    *("mesh", "out", "resume", "dry_run", "json", "tokenizer"),
 )
 
 
@@ -111,81 +109,78 @@ def run(config: PretrainConfig) -> None:
 
     Raises:
       UserError: the recipe does not fit the data, the tokenizer, the devices or the run found in the folder.
-      Diverged, Preempted: see `fit`.
+      Diverged: loss or gradient was not finite three times in a row.
+      Preempted: told to stop, and saved.
     """
     distributed.initialize()
-    tokenizer = check(config)
+    check_batch(config)
     mesh = make_mesh(config.mesh)
     check_divides(mesh_sizes(mesh), config.model, config.rows // config.micro_batches, config.length)
     optimizer = make_optimizer(config.optimizer, config.model, config.total_steps)
     with jax.set_mesh(mesh):
-        abstract = steps.abstract_state(config.model, optimizer, mesh)
         if config.dry_run:
-            plan = compile_step(config, optimizer, abstract, mesh)[1]
-            print(json.dumps(plan, indent=2) if config.json else banner(config, mesh, plan))
+            plan = compile_step(config, optimizer, mesh)[1]
+            print(json.dumps(plan, indent=2) if config.json else banner(config, plan))
             return
-        checkpoints = open_run(config, tokenizer)
+        folder = Path(config.out)
+        make_folder(folder)
+        tokenizer = find_tokenizer(config)
+        checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
         try:
-            state, cursor = begin(config, tokenizer, checkpoints, optimizer, abstract)
-            train_step, plan = compile_step(config, optimizer, abstract, mesh)
-            say(banner(config, mesh, plan))
-            train(config, tokenizer, mesh, checkpoints, state, cursor, train_step)
+            decisive = without(config, FREE_TO_CHANGE) | {"tokenizer": tokenizer.sha256}
+            open_run(folder, "pretrain", config, decisive, tokenizer, checkpoints)
+
+            def save(state: TrainState, cursor: Cursor) -> None:
+                checkpoints.save(state, {"recipe": decisive, "cursor": cursor._asdict()}, tokenizer)
+
+            state, cursor = begin(config, tokenizer, checkpoints, optimizer, mesh)
+            train(config, tokenizer, mesh, optimizer, state, cursor, save)
         finally:
             checkpoints.close()
-    say(f'done: {config.out}; try: llama-jax generate {config.out} ""')
+    say(f'done: {folder}; try: llama-jax generate {folder} ""')
 
 
 def train(
     config: PretrainConfig,
     tokenizer: Tokenizer,
     mesh: Mesh,
-    checkpoints: Checkpoints,
+    optimizer: GradientTransformation,
     state: TrainState,
     cursor: Cursor,
-    train_step: Callable,
+    save: Callable[[TrainState, Cursor], None],
 ) -> None:
     """Feeds the batches behind `cursor` to the loop, on the ambient mesh."""
+    shape = {"rows": config.rows, "length": config.length}
     share = share_of_process(mesh, config.rows)
-    batches = make_batches(
-        config.data, tokenizer, rows=config.rows, length=config.length, seed=config.seed, cursor=cursor, **share
-    )
-    metadata = {"recipe": decisive(config, tokenizer)}
+    batches = make_batches(config.data, tokenizer, **shape, seed=config.seed, cursor=cursor, **share)
     try:
+        evaluate = make_evaluation(config, tokenizer, mesh)
+        train_step, plan = compile_step(config, optimizer, mesh)
+        say(banner(config, plan))
         fit(
             state,
             train_step,
             batches,
             model=config.model,
             mesh=mesh,
-            rows=config.rows,
-            length=config.length,
+            **shape,
             total_steps=config.total_steps,
             loop=config.loop,
             schedule=learning_rate(config.optimizer, config.total_steps),
             folder=Path(config.out),
-            save=lambda state, cursor: checkpoints.save(state, metadata | {"cursor": cursor._asdict()}, tokenizer),
-            evaluate=make_evaluation(config, tokenizer, mesh),
+            save=save,
+            evaluate=evaluate,
         )
     finally:
         batches.close()
 
 
-def check(config: PretrainConfig) -> Tokenizer:
-    """Reads the tokenizer and checks that the recipe's parts fit each other, before anything costs time.
+def check_batch(config: PretrainConfig) -> None:
+    """Checks that a batch is made of whole sequences and micro-batches of whole sequences.
 
     Raises:
-      UserError: no tokenizer, another vocabulary, or a batch that is not made of whole sequences and micro-batches.
+      UserError: it is not; says what would be.
     """
-    if not config.tokenizer:
-        raise UserError(
-            "no tokenizer; name one with --tokenizer FILE, or train one: llama-jax tokenizer train SOURCE --out FILE"
-        )
-    tokenizer = Tokenizer.load(config.tokenizer)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, the model has {config.model.vocab_size}; "
-            f"use --model.vocab-size {tokenizer.vocab_size}, or a tokenizer of {config.model.vocab_size} pieces"
-        )
     if config.rows < 1 or config.batch_tokens % config.length:
         raise UserError(
             f"--batch-tokens {config.batch_tokens} is not a multiple of the sequence length {config.length}; "
@@ -195,50 +190,28 @@ def check(config: PretrainConfig) -> Tokenizer:
         raise UserError(
             f"--micro-batches {config.micro_batches} does not divide the {config.rows} sequences of a batch"
         )
-    return tokenizer
 
 
-def open_run(config: PretrainConfig, tokenizer: Tokenizer) -> Checkpoints:
-    """Creates or reopens the run's folder, and writes config.json and tokenizer.model into it.
+def find_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """The recipe's tokenizer; where it names none, the one of the run's folder, which is trained on the run's
+    training documents when the run begins.
 
     Raises:
-      UserError: it cannot be written, or what is in it goes against `config.resume` or is another recipe's.
+      UserError: it cannot be read or trained, or has another vocabulary than the model.
     """
-    folder = Path(config.out)
-    try:
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
-    except OSError as error:
+    path = Path(config.tokenizer or Path(config.out) / FILE_NAME)
+    if not config.tokenizer and not path.exists() and jax.process_index() == 0:
+        say(f"training a tokenizer of {config.model.vocab_size} pieces on the training documents ...")
+        Tokenizer.train(training_documents(config.data), path, vocab_size=config.model.vocab_size)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tokenizer")
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
-            f"--out {folder} cannot be written: {error.strerror}; name a folder that can, with --out"
-        ) from error
-    found = checkpoints.newest_metadata()
-    if config.resume == "never" and found:
-        raise UserError(
-            f"{folder} holds a run at step {checkpoints.steps()[-1]}; name another --out, or go on with --resume auto"
+            f"tokenizer {path} has {tokenizer.vocab_size} pieces, the model has {config.model.vocab_size}; "
+            f"use --model.vocab-size {tokenizer.vocab_size}, or a tokenizer of {config.model.vocab_size} pieces"
         )
-    if config.resume == "must" and not found:
-        raise UserError(
-            f"--resume must, but {folder / 'checkpoints'} holds no checkpoint; use --resume auto to begin one"
-        )
-    if found and (changes := differences(found["recipe"], decisive(config, tokenizer))):
-        raise UserError(
-            f"the run in {folder} was begun with another recipe:\n"
-            + "\n".join(f"  {name}: {was} there, {now} here" for name, was, now in changes)
-            + "\nrestore these values to go on with it, or begin another run with --out"
-        )
-    if jax.process_index() == 0:
-        write_whole(folder / FILE_NAME, tokenizer.model_bytes)
-        resolved = {"stage": "pretrain", "config": dataclasses.asdict(config), "versions": installed_versions()}
-        write_whole(folder / "config.json", json.dumps(resolved, indent=2).encode())
-    return checkpoints
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that it is never seen half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    return tokenizer
 
 
 def begin(
@@ -246,13 +219,14 @@ def begin(
     tokenizer: Tokenizer,
     checkpoints: Checkpoints,
     optimizer: GradientTransformation,
-    abstract: TrainState,
+    mesh: Mesh,
 ) -> tuple[TrainState, Cursor]:
     """The state to train from: the newest checkpoint's, or a new one around `init_from`'s or random parameters.
 
     Raises:
       UserError: `init_from` is another model's or another tokenizer's.
     """
+    abstract = steps.abstract_state(config.model, optimizer, mesh)
     if restored := checkpoints.restore_newest(abstract):
         state, metadata = restored
         say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
@@ -263,7 +237,7 @@ def begin(
             lambda: steps.init_state(config.model, optimizer, jax.random.key(config.seed)), out_shardings=layout
         )
         return create(), Cursor()
-    model, other_tokenizer = load_model(config.init_from, layout.model.norm_D.mesh)
+    model, other_tokenizer = load_model(config.init_from, mesh)
     # The rotary embedding has no parameters: a longer context may stretch it (as Code Llama did).
     stretched = {name: getattr(config.model, name) for name in ("context_length", "rope_theta", "rope_scaling")}
     changes = differences(
@@ -281,7 +255,7 @@ def begin(
 
 
 def compile_step(
-    config: PretrainConfig, optimizer: GradientTransformation, abstract: TrainState, mesh: Mesh
+    config: PretrainConfig, optimizer: GradientTransformation, mesh: Mesh
 ) -> tuple[Callable, dict[str, Any]]:
     """Compiles the training step without any array, and reports what it will take.
 
@@ -292,6 +266,7 @@ def compile_step(
       UserError: the compiler finds that it does not fit the device's memory.
     """
     say(f"compiling the step of a {format_count(config.model.n_params)}-parameter model ...")
+    abstract = steps.abstract_state(config.model, optimizer, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     train_step = steps.make_train_step(
         optimizer, config.compute, micro_batches=config.micro_batches, z_loss=config.z_loss, layout=layout
@@ -323,12 +298,12 @@ def compile_step(
     return compiled, plan
 
 
-def banner(config: PretrainConfig, mesh: Mesh, plan: dict[str, Any]) -> str:
+def banner(config: PretrainConfig, plan: dict[str, Any]) -> str:
     """The plan of `compile_step` for people."""
     state, temporary = plan["bytes_per_device"].values()
     available = plan["bytes_available"]
     lines = [
-        f"devices     {plan['devices']}, mesh {format_mesh(mesh_sizes(mesh))}, {jax.process_count()} process(es)",
+        f"devices     {plan['devices']}, mesh {format_mesh(plan['mesh'])}, {jax.process_count()} process(es)",
         f"parameters  {config.model.n_params:,}",
         f"data        {', '.join(config.data.sources)}",
         f"batch       {config.batch_tokens:,} tokens: {config.rows} sequences of {config.length}, "
@@ -346,24 +321,14 @@ def banner(config: PretrainConfig, mesh: Mesh, plan: dict[str, Any]) -> str:
 def make_evaluation(
     config: PretrainConfig, tokenizer: Tokenizer, mesh: Mesh
 ) -> Callable[[TrainState], dict[str, float]]:
-    """Builds the evaluation of a state: held-out loss in nats per token and in bits per byte, and samples written to
-    the run's folder.
-    """
-    if not (config.data.held_out or config.data.eval_sources):
-        return lambda state: write_samples(config, tokenizer, state) or {}
-    step = steps.make_eval_step(config.compute)
-    n_bytes = held_out_bytes(config.data, tokenizer)
+    """Builds the evaluation of a state: held-out loss where documents are held out, and samples in the run's folder."""
+    held_out = config.data.held_out or config.data.eval_sources
+    scores = {"rows": config.rows // config.micro_batches, "length": config.length}
+    loss = make_held_out_loss(config.data, tokenizer, mesh, config.compute, **scores) if held_out else lambda _: {}
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        nats = targets = 0.0
-        batches = held_out_batches(
-            config.data, tokenizer, rows=config.rows, length=config.length, **share_of_process(mesh, config.rows)
-        )
-        for batch in batches:
-            batch_nats, batch_targets = step(state.model, to_devices(mesh, batch, config.rows))
-            nats, targets = nats + float(batch_nats), targets + int(batch_targets)
         write_samples(config, tokenizer, state)
-        return {"eval/loss": nats / targets, "eval/bits_per_byte": nats / math.log(2) / n_bytes}
+        return loss(state.model)
 
     return evaluate
 
@@ -378,32 +343,3 @@ def write_samples(config: PretrainConfig, tokenizer: Tokenizer, state: TrainStat
     )
     text = "\n\n".join(f"{prompt}|{c.text}" for prompt, c in zip(config.sample_prompts, completions, strict=True))
     write_whole(Path(config.out) / "samples" / f"{int(state.step)}.txt", (text + "\n").encode())
-
-
-def share_of_process(mesh: Mesh, rows: int) -> dict[str, int]:
-    """Which equal share of a batch's rows this process feeds to its devices, as `make_batches` takes it."""
-    span = batch_rows_of_process(mesh, rows)
-    return {"process_index": span.start // (span.stop - span.start), "process_count": rows // (span.stop - span.start)}
-
-
-def decisive(config: PretrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything of a recipe that decides the run's numbers, as JSON: it must be the same when the run goes on."""
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))
-    for name in FREE_TO_CHANGE:
-        *parents, last = name.split(".")
-        inner = fields
-        for parent in parents:
-            inner = inner[parent]
-        del inner[last]
-    return fields | {"tokenizer": tokenizer.sha256}
-
-
-def differences(was: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """The (dotted name, old value, new value) of everything in which two JSON values differ."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        return [
-            change
-            for key in sorted(was.keys() | now.keys())
-            for change in differences(was.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    return [] if was == now else [(name, was, now)]

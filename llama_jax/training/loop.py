@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.data.packing import Batch, Cursor
 from llama_jax.errors import Diverged, Preempted
-from llama_jax.parallel.mesh import global_array
+from llama_jax.training.batches import to_devices
 from llama_jax.training.metrics import (
     MetricsLog,
     device_memory,
@@ -46,11 +46,6 @@ class LoopConfig:
     """Also keep the checkpoints of steps divisible by this. 0: none beyond keep_last."""
     profile_steps: int = 0
     """Trace so many steps with the JAX profiler, from the fifth step on, into the run's profile/. 0: none."""
-
-
-def to_devices(mesh: Mesh, batch: Batch, rows: int) -> Batch:
-    """Puts this process's rows of a global batch of `rows` onto its devices."""
-    return Batch(*(global_array(mesh, array, "batch", "length", rows=rows) for array in batch))
 
 
 def fit(

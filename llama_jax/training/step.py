@@ -164,14 +164,3 @@ def make_train_step(
         return state, StepMetrics(sums.nats, sums.correct, grad_norm, targets, state.skipped, state.skipped_in_row)
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
-
-
-def make_eval_step(compute: Compute) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
-    """Builds the jitted evaluation of one batch: total nats over its targets, and how many there are."""
-
-    @jax.jit
-    def evaluate(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        weights_BT = batch.loss_mask_BT.astype(jnp.float32)
-        return batch_loss(model, batch, weights_BT, compute).nats, batch.loss_mask_BT.sum()
-
-    return evaluate

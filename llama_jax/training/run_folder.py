@@ -1,0 +1,91 @@
+"""A run is a folder: what it holds, and whether a command may go on with what an earlier one left there."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax.errors import UserError
+from llama_jax.text.tokenizer import FILE_NAME, Tokenizer
+from llama_jax.training.checkpoint import Checkpoints, installed_versions
+
+
+def open_run(
+    folder: Path, stage: str, config: Any, decisive: dict[str, Any], tokenizer: Tokenizer, checkpoints: Checkpoints
+) -> None:
+    """Checks what an earlier run left in the folder, and writes config.json and tokenizer.model.
+
+    Args:
+      folder: of the run.
+      stage: its name, such as "pretrain".
+      config: the stage's config, with a field `resume`.
+      decisive: what of the recipe must not change when the run goes on; see `without`.
+      tokenizer: of the run.
+      checkpoints: those in the folder.
+
+    Raises:
+      UserError: what is there goes against `config.resume`, or was begun with another recipe.
+    """
+    found = checkpoints.newest_metadata()
+    if config.resume == "never" and found:
+        raise UserError(
+            f"{folder} holds a run at step {checkpoints.steps()[-1]}; name another --out, or go on with --resume auto"
+        )
+    if config.resume == "must" and not found:
+        raise UserError(f"--resume must, but {checkpoints.folder} holds no checkpoint; --resume auto begins one")
+    if found and (changes := differences(found["recipe"], decisive)):
+        raise UserError(
+            f"the run in {folder} was begun with another recipe:\n"
+            + "\n".join(f"  {name}: {was} there, {now} here" for name, was, now in changes)
+            + "\nrestore these values to go on with it, or begin another run with --out"
+        )
+    if jax.process_index() == 0:
+        resolved = {"stage": stage, "config": dataclasses.asdict(config), "versions": installed_versions()}
+        write_whole(folder / FILE_NAME, tokenizer.model_bytes)
+        write_whole(folder / "config.json", json.dumps(resolved, indent=2).encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a run's folder and checks that it can be written to.
+
+    Raises:
+      UserError: it cannot.
+    """
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "writable", b"")
+        (folder / "writable").unlink()
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written to ({error.strerror}); name another with --out") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it, so that it is never seen half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def without(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """A config as JSON, without the fields of these dotted names."""
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name in names:
+        *parents, last = name.split(".")
+        inner = fields
+        for parent in parents:
+            inner = inner[parent]
+        del inner[last]
+    return fields
+
+
+def differences(was: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """The (dotted name, old value, new value) of everything in which two JSON values differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return [
+            change
+            for key in sorted(was.keys() | now.keys())
+            for change in differences(was.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if was == now else [(name, was, now)]
