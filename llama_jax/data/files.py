@@ -196,9 +196,11 @@ def _plain_file(path: Path) -> Path:
     partial = plain.with_name(f".{plain.name}.{os.getpid()}.partial")
     try:
         plain.parent.mkdir(parents=True, exist_ok=True)
-        opener = gzip.open if path.suffix == ".gz" else zstandard.open
-        with opener(path, "rb") as packed, open(partial, "wb") as out:
-            shutil.copyfileobj(packed, out, 1 << 20)
+        with open(path, "rb") as packed, open(partial, "wb") as out:
+            if path.suffix == ".gz":
+                shutil.copyfileobj(gzip.open(packed), out, 1 << 20)
+            else:
+                _unpack_zst(packed, out)
         os.replace(partial, plain)
     except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged or no {path.suffix} file ({error}). Fetch it again.") from None
@@ -209,3 +211,16 @@ def _plain_file(path: Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return plain
+
+
+def _unpack_zst(packed, out) -> None:
+    """Unpacks all frames of a file; raises EOFError where the last one is cut short, which zstandard.open does not."""
+    unpacker = None
+    while chunk := packed.read(1 << 20):
+        while chunk:
+            unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
+            out.write(unpacker.decompress(chunk))
+            chunk = unpacker.unused_data if unpacker.eof else b""
+            unpacker = None if unpacker.eof else unpacker
+    if unpacker is not None:
+        raise EOFError("it ends in the middle of a frame")

@@ -11,27 +11,26 @@ import zstandard
 from llama_jax.data.documents import tokenize
 from llama_jax.text.tokenizer import Tokenizer
 
-WORDS = [
-    "the",
-    "plain",
-    "rain",
-    "in",
-    "spain",
-    "stays",
-    "mainly",
-    "on",
-    "every",
-    "quick",
-    "brown",
-    "fox",
-    "and",
-    "lazy",
-    "dog",
-    "of",
-    "1984",
-    "héllo",
-    "wörld",
-]
+WORDS = (
+    *(
+        "the",
+        "plain",
+        "rain",
+        "in",
+        "spain",
+        "stays",
+        "mainly",
+        "on",
+        "every",
+        "quick",
+        "brown",
+        "fox",
+        "and",
+        "lazy",
+        "dog",
+    ),
+    *("of", "1984", "héllo", "wörld"),
+)
 
 
 def make_texts(count: int, seed: int = 0) -> list[str]:

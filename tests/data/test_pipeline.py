@@ -3,6 +3,10 @@
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,3 +207,20 @@ def test_documents_without_any_text_end_with_a_message(tokenizer, tmp_path):
     config = DataConfig(sources=(f"jsonl:{tmp_path}/empty.jsonl",), held_out=0)
     with pytest.raises(UserError, match="All 5 documents of the sources are empty"):
         next(make_batches(config, tokenizer, rows=1, length=8, seed=0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_program_that_ends_without_closing_its_batches_ends_well(specs, tokenizer, tmp_path, workers):
+    tokenizer.save(tmp_path / "tokenizer.model")
+    (tmp_path / "program.py").write_text(
+        "from llama_jax.data.pipeline import DataConfig, make_batches\n"
+        "from llama_jax.text.tokenizer import Tokenizer\n"
+        "if __name__ == '__main__':\n"
+        f"    config = DataConfig(sources=({specs['text']!r},), workers={workers})\n"
+        f"    batches = make_batches(config, Tokenizer.load({str(tmp_path)!r}), rows=2, length=64, seed=0)\n"
+        "    print(len(next(batches)[0].tokens_BT))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    program = [sys.executable, str(tmp_path / "program.py")]
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "2\n"), ended.stderr
