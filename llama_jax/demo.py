@@ -8,7 +8,6 @@ import jax
 
 from llama_jax.data.pipeline import held_out_documents
 from llama_jax.data.python_corpus import write_python_corpus
-from llama_jax.errors import UserError
 from llama_jax.evaluation.compression import compressor_bits_per_byte
 from llama_jax.evaluation.report import write_report
 from llama_jax.generation.engine import Engine
@@ -43,7 +42,9 @@ def run(out: str, *, seed: int = 0, dry_run: bool = False) -> None:
         dry_run=dry_run,
     )
     if not dry_run and not corpus.exists():
-        make_corpus(corpus)
+        say("collecting the language reference, the docstrings and the sources of this Python ...")
+        written = write_python_corpus(corpus)
+        say(f"{written.documents} documents, {written.bytes / 1e6:.1f} MB")
     pretrain.run(config)
     if dry_run:
         return
@@ -56,23 +57,6 @@ def run(out: str, *, seed: int = 0, dry_run: bool = False) -> None:
         print(piece, end="", flush=True)
     print()
     say(f"report: {write_report(folder, scores)}; in all {format_duration(time.monotonic() - began)}")
-
-
-def make_corpus(path: Path) -> None:
-    """Collects the text that this Python carries, and says how much it is.
-
-    Raises:
-      UserError: the folder cannot be written to.
-    """
-    say("collecting the language reference, the docstrings and the sources of this Python ...")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        documents, size = write_python_corpus(path)
-    except OSError as error:
-        raise UserError(
-            f"--out {path.parent} cannot be written to ({error.strerror}); name another with --out"
-        ) from error
-    say(f"{documents} documents, {size / 1e6:.1f} MB")
 
 
 def evaluate(config: PretrainConfig) -> dict[str, float]:
