@@ -71,26 +71,24 @@ def _forward(x_BTD, head_DV, targets_BT, weights_BT, chunk, z_loss, with_grads):
     def step(carry, inputs):
         sums, dhead_DV = carry
         x, targets, weights = inputs
+        # where, not multiplication by the weight: an infinity at a masked token must not become a NaN
+        x = jnp.where(weights[..., None] > 0, x, 0)
         logits = jnp.einsum("BTD,DV->BTV", x, head_DV).astype(jnp.float32)
         logits = constrain(logits, "batch", None, "vocab")
         log_z = jax.nn.logsumexp(logits, axis=-1)
         hit = jnp.arange(logits.shape[-1]) == targets[..., None]
         nats = log_z - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
         right = jnp.argmax(logits, axis=-1) == targets
-        # where, not multiplication: a masked infinity must not become a NaN
-        keep = weights > 0
-        nats, penalty = jnp.where(keep, nats, 0.0), jnp.where(keep, log_z**2, 0.0)
         sums = LossSums(
-            sums.loss + jnp.sum(weights * (nats + z_loss * penalty)),
+            sums.loss + jnp.sum(weights * (nats + z_loss * log_z**2)),
             sums.nats + jnp.sum(weights * nats),
             sums.correct + jnp.sum(weights * right),
         )
         if not with_grads:
             return (sums, dhead_DV), None
-        slope = jnp.where(keep, weights, 0.0)[..., None]
         probabilities = jnp.exp(logits - log_z[..., None])
-        dlogits = slope * (probabilities * (1 + 2 * z_loss * log_z[..., None]) - hit)
-        dlogits = jnp.where(keep[..., None], dlogits, 0.0).astype(x.dtype)
+        dlogits = weights[..., None] * (probabilities * (1 + 2 * z_loss * log_z[..., None]) - hit)
+        dlogits = dlogits.astype(x.dtype)
         dx = jnp.einsum("BTV,DV->BTD", dlogits, head_DV)
         dhead_DV = dhead_DV + jnp.einsum("BTV,BTD->DV", dlogits, x, preferred_element_type=jnp.float32)
         return (sums, dhead_DV), dx
