@@ -237,19 +237,17 @@ def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
     """A 32-bit sum of every array's bits, each weighted by its place: the same on every mesh, because integer sums do
     not round.
     """
+    return {name: int(value) for name, value in jax.device_get(_sums_of_bits(arrays)).items()}
 
-    @jax.jit
-    def sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        def one(x: jax.Array) -> jax.Array:
-            bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(
-                jnp.uint32
-            )
-            place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
-            return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
-        return jax.tree.map(one, arrays)
+@jax.jit
+def _sums_of_bits(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def one(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
+        place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
-    return {name: int(value) for name, value in jax.device_get(sums(arrays)).items()}
+    return jax.tree.map(one, arrays)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
