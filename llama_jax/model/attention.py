@@ -1,8 +1,8 @@
 """Causal grouped-query attention behind one signature (paper 2.2, A.2.1): XLA anywhere, cuDNN on GPU, splash attention on TPU.
 
-Under a mesh every device attends for its own sequences, heads and query positions, to keys and values gathered along the sequence: queries are split over
-the context axis, the causal mask knows where each device's queries begin. Our choice: contiguous spans of queries; the device that holds the last span does
-most of the work.
+Under a mesh every device attends for its own sequences, heads and query positions, to keys and values gathered along the sequence: queries are
+split over the context axis, and the causal mask knows where each device's queries begin. Our choice: contiguous spans of queries; the device that
+holds the last span does most of the work.
 """
 
 import re
@@ -45,10 +45,10 @@ def causal_attention(
       UserError: cuDNN was asked for in float32, which it does not have.
     """
     if implementation == "auto":
-        implementation = best_implementation(q_BTNH.dtype, *q_BTNH.shape[1:])
+        implementation = best_implementation(q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[3])
     if implementation == "splash":
         return splash_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
-    if implementation == "cudnn" and q_BTNH.dtype.itemsize != 2:
+    if implementation == "cudnn" and lacks_cudnn(q_BTNH.dtype):
         raise UserError(
             f"cuDNN attention has no {q_BTNH.dtype}; use --compute.dtype bfloat16 or --compute.attention xla"
         )
@@ -65,7 +65,7 @@ def causal_attention(
     return attend(q_BTNH, k_BSKH, v_BSKH, jnp.arange(q_BTNH.shape[1]), segments)
 
 
-def best_implementation(dtype: jnp.dtype, length: int, n_heads: int, head_dim: int) -> str:
+def best_implementation(dtype: jnp.dtype, length: int, head_dim: int) -> str:
     """The fastest kernel that the devices in use (the ambient mesh's, or else the default ones) have for these queries."""
     match platform():
         case "tpu":
@@ -73,10 +73,15 @@ def best_implementation(dtype: jnp.dtype, length: int, n_heads: int, head_dim: i
         case "gpu":
             # cuDNN's own limits: 16 bits, Ampere or later (a ROCm device names no such number), and with a mask an even length.
             capability = re.match(r"(\d+)\.", getattr(jax.devices()[0], "compute_capability", ""))
-            fits = dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128 and length % 2 == 0
+            fits = not lacks_cudnn(dtype) and head_dim % 8 == 0 and head_dim <= 128 and length % 2 == 0
             return "cudnn" if fits and capability and int(capability[1]) >= 8 else "xla"
         case _:
             return "xla"
+
+
+def lacks_cudnn(dtype: jnp.dtype) -> bool:
+    """Whether cuDNN's attention does not know this precision; it knows the 16-bit ones."""
+    return dtype.itemsize != 2
 
 
 def cudnn_attention(q_BTNH, k_BSKH, v_BSKH, positions_T, segments) -> jax.Array:
@@ -108,8 +113,8 @@ def xla_attention(q_BTNH, k_BSKH, v_BSKH, positions_T, segments) -> jax.Array:
     # Heads before positions: each head's matmuls then read contiguous memory.
     q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    # Our choice: at most eight chunks, so that compile time does not grow with T; measured on a CPU, chunks below 128 gain nothing.
-    chunk = max(128, -(-T // 8))
+    # Our choice: at most four chunks, so that compile time does not grow with T; measured on a CPU, chunks below 128 gain nothing.
+    chunk = max(128, -(-T // 4))
     outs = []
     for start in range(0, T, chunk):
         rows = slice(start, start + chunk)

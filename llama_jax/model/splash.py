@@ -17,7 +17,7 @@ def splash_attention(
 
     Sequences are padded to whole blocks. The padding follows every real token, so none sees it.
     """
-    B, T, N, H = q_BTNH.shape
+    _, T, N, H = q_BTNH.shape
     spans = ways("length")
     pad = -T % (LANES * spans)
     # Scaled in float32, then rounded: the kernel itself does not scale.
