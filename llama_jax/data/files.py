@@ -69,8 +69,10 @@ class JsonLines:
                 f"{self._place(index)} has no text in field {self._field!r} but {found}. "
                 "Name the field: jsonl:FILE#FIELD."
             )
-        # JSON can spell half of a surrogate pair, which is no character.
-        return record[self._field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = record[self._field]
+        if b"\\u" in line:  # JSON can spell half of a surrogate pair, which is no character
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
 
     def _place(self, index: int) -> str:
         file, start, _ = self._spans.locate(index)
@@ -198,7 +200,8 @@ def _plain_file(path: Path) -> Path:
         plain.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "rb") as packed, open(partial, "wb") as out:
             if path.suffix == ".gz":
-                shutil.copyfileobj(gzip.open(packed), out, 1 << 20)
+                with gzip.open(packed) as unpacked:
+                    shutil.copyfileobj(unpacked, out, 1 << 20)
             else:
                 _unpack_zst(packed, out)
         os.replace(partial, plain)

@@ -10,6 +10,7 @@ tokens:FOLDER                shards made by `llama-jax tokenize`
 import difflib
 import os
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -67,10 +68,13 @@ def _unknown(spec: str, scheme: str) -> UserError:
 
 
 class _Records:
-    """One text field of records that a library gives by number."""
+    """One text field of records that a library gives by number; `reopen(name, field)` makes the same again."""
 
-    def __init__(self, records, field: str, spec: str):
-        self._records, self._field, self._spec = records, field, spec
+    def __init__(self, records, name: str, field: str, spec: str, reopen: "Callable[[str, str], _Records]"):
+        self._records, self._name, self._field, self._spec, self._reopen = records, name, field, spec, reopen
+
+    def __reduce__(self):
+        return self._reopen, (self._name, self._field)  # not every library's object can be pickled
 
     def __len__(self) -> int:
         return len(self._records)
@@ -116,7 +120,7 @@ def _open_tfds(rest: str, field: str) -> _Records:
     if stored_as not in ("array_record", "bagz"):
         raise UserError(f"tfds:{rest} is stored as {stored_as}, which gives no document by number. {prepare}")
     try:
-        return _Records(builder.as_data_source(split), field, f"tfds:{rest}")
+        return _Records(builder.as_data_source(split), rest, field, f"tfds:{rest}", _open_tfds)
     except ValueError as error:
         raise UserError(f"tfds:{rest}: {error} Check the split.") from None
 
@@ -141,4 +145,4 @@ def _open_hf(rest: str, field: str) -> _Records:
         raise UserError(
             f"hf:{rest} cannot be opened ({error}). Check name, config and split, or the network."
         ) from None
-    return _Records(found, field, f"hf:{rest}")
+    return _Records(found, rest, field, f"hf:{rest}", _open_hf)

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -131,20 +131,15 @@ class Tokenizer:
 
         Raises UserError if the text holds half of a surrogate pair, which is no character.
         """
-        return self.encode_batch([text], bos=bos, eos=eos)[0]
-
-    def encode_batch(self, texts: Sequence[str], *, bos: bool = True, eos: bool = False) -> list[list[int]]:
-        """Gives the ids of each text, as `encode` does; on one thread, since data workers are processes."""
         try:
             # As bytes: a str with an unpaired surrogate would fail inside SentencePiece without saying why.
-            encoded = self._processor.encode([text.encode() for text in texts], num_threads=1)
+            ids = self._processor.encode(text.encode())
         except UnicodeEncodeError as error:
             raise UserError(
-                f"The text holds an unpaired surrogate, U+{ord(error.object[error.start]):04X}, at character "
-                f"{error.start}. Expected Unicode text: replace it, for example by U+FFFD."
+                f"The text holds an unpaired surrogate, U+{ord(text[error.start]):04X}, at character {error.start}. "
+                "Expected Unicode text: replace it, for example by U+FFFD."
             ) from None
-        prefix, suffix = [self.bos_id] * bos, [self.eos_id] * eos
-        return [prefix + ids + suffix for ids in encoded] if bos or eos else encoded
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
         """Gives the text of ids: control ids and one leading space fall away, broken UTF-8 becomes U+FFFD.

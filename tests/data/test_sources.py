@@ -194,9 +194,13 @@ def test_hugging_face_sets_without_the_library_say_what_to_install(tokenizer, mo
         open_source("hf:roneneldan/TinyStories", tokenizer)
 
 
+@pytest.mark.filterwarnings("ignore")  # the library's own, when it hashes and pickles
 def test_hugging_face_sets_from_a_folder(texts, tokenizer, tmp_path):
     datasets = pytest.importorskip("datasets", reason="the optional package datasets is not installed")
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts})}).save_to_disk(tmp_path / "set")
+    lines = tmp_path / "t.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    made = datasets.load_dataset("json", data_files={"train": str(lines)}, cache_dir=str(tmp_path / "cache"))
+    made.save_to_disk(tmp_path / "set")
     source = open_source(f"hf:{tmp_path}/set", tokenizer)
     assert [source[index] for index in range(len(source))] == texts
     assert pickle.loads(pickle.dumps(source))[5] == texts[5]

@@ -114,7 +114,6 @@ def test_encoding_equals_sentencepiece(stories, text):
     reference = SentencePieceProcessor(model_proto=stories.model_bytes).encode(text)
     assert stories.encode(text, bos=False) == reference
     assert stories.encode(text, eos=True) == [1, *reference, 2]
-    assert stories.encode_batch([text, text + "x"]) == [stories.encode(text), stories.encode(text + "x")]
 
 
 def test_control_marks_in_the_text_are_text(tokenizer):
