@@ -111,6 +111,7 @@ def generate(argv: Sequence[str]) -> None:
           seed: The same seed gives the same text.
         """
         from llama_jax.generation.engine import Engine
+        from llama_jax.training.checkpoint import load_model
 
         settings = {
             "max_new_tokens": max_new_tokens,
@@ -119,7 +120,8 @@ def generate(argv: Sequence[str]) -> None:
             "top_k": top_k,
             "seed": seed,
         }
-        for piece in Engine.load(checkpoint).stream(prompt, **settings):
+        model, trained_with = load_model(checkpoint)
+        for piece in Engine(model, trained_with).stream(prompt, **settings):
             print(piece, end="", flush=True)
         if sys.stdout.isatty():
             print()  # keeps the shell's prompt off the last line; a pipe or a file gets the text alone

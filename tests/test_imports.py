@@ -20,7 +20,8 @@ LAYERS = [
     {"training", "generation"},
     {"stages"},
     {"evaluation", "planning"},
-    {"doctor", "recipes", "demo"},
+    {"doctor", "recipes"},
+    {"demo"},
     {"verbs"},
     {"cli"},
 ]
