@@ -1,8 +1,6 @@
 """The verbs: that words on the command line reach the code they name, and that stdout carries the result alone."""
 
 import json
-import sys
-from types import ModuleType
 
 import pytest
 
@@ -92,19 +90,20 @@ def test_bad_input(capsys, corpus, model, words, message):
 def test_generate_streams_the_text_and_nothing_else(capsys, monkeypatch):
     asked = {}
 
+    def load_model(checkpoint):
+        asked["checkpoint"] = checkpoint
+        return "the model", "its tokenizer"
+
     class Engine:
-        @staticmethod
-        def load(checkpoint):
-            asked["checkpoint"] = checkpoint
-            return Engine()
+        def __init__(self, model, tokenizer):
+            assert (model, tokenizer) == ("the model", "its tokenizer")
 
         def stream(self, prompt, **settings):
             asked.update(settings, prompt=prompt)
             yield from (" there", " was", "\n", "\N{LLAMA}")
 
-    module = ModuleType("llama_jax.generation.engine")
-    module.Engine = Engine
-    monkeypatch.setitem(sys.modules, "llama_jax.generation.engine", module)
+    monkeypatch.setattr("llama_jax.generation.engine.Engine", Engine)
+    monkeypatch.setattr("llama_jax.training.checkpoint.load_model", load_model)
     words = ["generate", "runs/x", "--temperature", "0", "--top-k", "5", "--seed", "3", "--", "--Once"]
     assert outcome(capsys, *words) == (0, " there was\n\N{LLAMA}", "")
     assert asked == {
