@@ -1,54 +1,69 @@
-"""Text from a model: whole batches of prompts, or one answer streamed as it is made."""
+"""The engine: a model and its tokenizer, prompts in, text out, as a batch or as a stream (paper 3.1's generation settings are the reference's).
+
+Prompts of unequal length are padded on the right and share one program; lengths are rounded up to a few sizes, so that few programs are compiled.
+What a row gives depends on its own prompt and seed only. Our choice: a prompt is read 512 tokens at a time, so that the scores of a long one never
+exist at once.
+"""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from llama_jax.errors import UserError
-from llama_jax.generation.sampler import Sampling, decode, prefill
+from llama_jax.generation.cache import Cache, init_cache
+from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill
 from llama_jax.model.transformer import Llama
+from llama_jax.parallel.mesh import ways
 from llama_jax.text.tokenizer import Tokenizer
 
-BATCH_STEPS = 16  # tokens drawn between two looks at which sequences have ended; a stream looks at every token
-SMALLEST_BUCKET = 32  # prompts and caches are padded to powers of two from here on, so that few shapes are compiled
+PREFILL_CHUNK = 512  # prompt tokens read per dispatch
+DECODE_CHUNK = 32  # tokens per dispatch of a batch; a stream gets each token by itself
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to one prompt."""
+    """What a model made of one prompt."""
 
     text: str
-    ids: tuple[int, ...]
-    """Tokens of the answer, without EOS."""
-    logprobs: tuple[float, ...]
-    """Log-probability of each, under the distribution it was drawn from."""
+    """The continuation; the prompt is not repeated."""
+    ids: list[int]
+    """Its tokens, without the EOS that ended them."""
+    log_probs: list[float]
+    """Of each token, under the distribution that it was drawn from (so 0 at temperature 0)."""
     finish_reason: Literal["eos", "length"]
-    """Whether the model ended the answer, or the limit or the context did."""
+    """Whether the model ended the text, or max_new_tokens or the context did."""
 
 
 class Engine:
-    """A model and its tokenizer, ready to answer."""
+    """Generates text with one model; its weights are cast once, here, to the precision they compute in."""
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer, dtype: Any = None):
-        """Casts the weights once.
+    def __init__(self, model: Llama, tokenizer: Tokenizer, compute_dtype: Any = None):
+        """Takes a model where it lies: on one device, or sharded over a mesh.
 
         Args:
-          model: any Llama.
-          tokenizer: of the same vocabulary.
-          dtype: of the computation; float32 on CPU and bfloat16 elsewhere if none.
+          model: its context_length bounds prompt and continuation together.
+          tokenizer: the one it was trained with.
+          compute_dtype: of weights, cache and matmuls; if none, float32 on a CPU, which has no fast bfloat16, and bfloat16 elsewhere.
+
+        Raises:
+          UserError: the tokenizer and the model differ in their number of tokens.
         """
-        if tokenizer.vocab_size != model.config.vocab_size:
+        if model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} pieces and the model {model.config.vocab_size}; "
-                "load both from one checkpoint"
+                f"The model has {model.config.vocab_size} tokens and the tokenizer {tokenizer.vocab_size}; "
+                "use the tokenizer that the model was trained with"
             )
-        self.dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-        self.model = jax.jit(lambda model: model.cast(self.dtype))(model)
+        layout = model.embedding_VD.sharding
+        self._mesh = layout.mesh if isinstance(layout, NamedSharding) else None
+        platform = next(iter(layout.device_set)).platform
+        self.dtype = jnp.dtype(compute_dtype or (jnp.float32 if platform == "cpu" else jnp.bfloat16))
+        self.model = model if model.embedding_VD.dtype == self.dtype else jax.jit(lambda m: m.cast(self.dtype))(model)
         self.tokenizer = tokenizer
 
     def stream(
@@ -61,22 +76,24 @@ class Engine:
         top_k: int = 0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """Gives the answer to one prompt piece by piece, the prompt not repeated; never half a character.
+        """Continues one prompt, piece by piece as the tokens come; the pieces joined are what `generate` gives as text.
 
-        Raises:
-          UserError: as `generate`.
+        A piece never ends inside a character. The prompt is not repeated. Arguments and errors as `generate`; errors are raised at once.
         """
-        ids = self._prompt_ids(prompt)
-        sampling = check_sampling(temperature, top_p, top_k)
-        text = self.tokenizer.stream()
-        limit = self._limit(ids, max_new_tokens)
-        for token_B, _ in islice(self._draw([ids], [limit], sampling, seed, steps=1), limit):
-            if token_B[0] == self.tokenizer.eos_id:
-                break
-            if piece := text.push(int(token_B[0])):
+        sampling = _checked(Sampling(temperature, top_p, top_k))
+        ids = self._ids(prompt)
+        chunks = self._draw([ids], [self._budget(ids, max_new_tokens)], sampling, seed, steps=1)
+        decoder = self.tokenizer.stream(continues=len(ids) > 1)
+
+        def pieces() -> Iterator[str]:
+            for tokens_BT, _ in chunks:
+                for token in tokens_BT[0]:
+                    if token not in (NO_TOKEN, self.tokenizer.eos_id) and (piece := decoder.push(token)):
+                        yield piece
+            if piece := decoder.finish():
                 yield piece
-        if rest := text.finish():
-            yield rest
+
+        return pieces()
 
     def generate(
         self,
@@ -86,94 +103,136 @@ class Engine:
         temperature: float = 0.6,
         top_p: float = 0.9,
         top_k: int = 0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> list[Completion]:
-        """Answers a batch of prompts; no answer depends on the other prompts, only on its place in the list.
+        """Continues a batch of prompts, each until EOS, `max_new_tokens` or the end of the model's context.
 
         Args:
-          prompts: texts, to which BOS is added, or ids taken as they are.
-          max_new_tokens: most tokens of an answer; the context length limits it too.
+          prompts: texts, or token ids; each begins with BOS, which is put before it where it is missing. An empty one is BOS alone.
+          max_new_tokens: per prompt.
           temperature: divides the logits; 0 takes the likeliest token.
-          top_p: draws from the likeliest tokens that together hold this probability.
+          top_p: draws from the likeliest tokens that together hold this probability; 1 for all.
           top_k: draws from this many likeliest tokens; 0 for all.
-          seed: the same seed gives the same answers.
+          seed: the same seed gives the same texts, and equal prompts get different ones. One seed per prompt makes each independent of its place.
 
         Raises:
-          UserError: a prompt that leaves no room in the context, or a setting out of its range.
+          UserError: a setting out of range, a prompt longer than the context, or an id that is no token.
         """
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
-        if not ids:
+        sampling = _checked(Sampling(temperature, top_p, top_k))
+        rows = [self._ids(prompt) for prompt in prompts]
+        if not rows:
             return []
-        sampling = check_sampling(temperature, top_p, top_k)
-        limits = [self._limit(prompt, max_new_tokens) for prompt in ids]
-        answers: list[list[int]] = [[] for _ in ids]
-        logprobs: list[list[float]] = [[] for _ in ids]
-        ended = [False for _ in ids]
-        by_eos = [False for _ in ids]
-        for token_B, logprob_B in self._draw(ids, limits, sampling, seed, steps=BATCH_STEPS):
-            for row in (row for row, done in enumerate(ended) if not done):
-                by_eos[row] = int(token_B[row]) == self.tokenizer.eos_id
-                if not by_eos[row]:
-                    answers[row].append(int(token_B[row]))
-                    logprobs[row].append(float(logprob_B[row]))
-                ended[row] = by_eos[row] or len(answers[row]) == limits[row]
-            if all(ended):
-                break
-        return [
-            Completion(self.tokenizer.decode(answer), tuple(answer), tuple(scores), "eos" if eos else "length")
-            for answer, scores, eos in zip(answers, logprobs, by_eos, strict=True)
-        ]
+        budgets = [self._budget(ids, max_new_tokens) for ids in rows]
+        chunks = list(self._draw(rows, budgets, sampling, seed, steps=DECODE_CHUNK))
+        if not chunks:
+            return [Completion("", [], [], "length") for _ in rows]
+        tokens_BT, log_probs_BT = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+        return [self._completion(*row) for row in zip(rows, tokens_BT, log_probs_BT, strict=True)]
 
-    def _draw(
-        self, prompts: list[list[int]], limits: list[int], sampling: Sampling, seed: int, steps: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Gives (token_B, logprob_B) without end; beyond its limit a sequence may go on with garbage."""
-        count_B = np.array([len(prompt) for prompt in prompts], np.int32)
-        context = self.model.config.context_length
-        tokens_BT = np.zeros((len(prompts), bucket(count_B.max(), context)), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens_BT[row, : len(prompt)] = prompt
-        row_key_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(prompts)))
-        # Room for the longest answer from the start: a cache that grew would be copied, and compiled for anew.
-        slots = bucket((count_B + limits).max(), context)
-        cache, drawn = prefill(self.model, tokens_BT, count_B, row_key_B, sampling, slots=slots, dtype=self.dtype)
-        yield np.asarray(drawn.token_B), np.asarray(drawn.logprob_B)
-        number, token_B = 1, drawn.token_B
-        while True:
-            cache, drawn = decode(self.model, cache, token_B, row_key_B, number, sampling, steps=steps)
-            number, token_B = number + steps, drawn.token_B[-1]
-            yield from zip(np.asarray(drawn.token_B), np.asarray(drawn.logprob_B), strict=True)
+    def _completion(self, prompt: list[int], tokens_T: np.ndarray, log_probs_T: np.ndarray) -> Completion:
+        ids = tokens_T[tokens_T != NO_TOKEN].tolist()
+        ended = bool(ids) and ids[-1] == self.tokenizer.eos_id
+        ids = ids[:-1] if ended else ids
+        decoder = self.tokenizer.stream(continues=len(prompt) > 1)
+        text = "".join(map(decoder.push, ids)) + decoder.finish()
+        return Completion(text, ids, log_probs_T[: len(ids)].tolist(), "eos" if ended else "length")
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
-        context = self.model.config.context_length
-        if not 0 < len(ids) < context:
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """The prompt's tokens, BOS first. Raises UserError if they do not fit the context or the vocabulary."""
+        bos, context = self.tokenizer.bos_id, self.model.config.context_length
+        ids = self.tokenizer.encode(prompt, bos=False) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if outside := [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]:
             raise UserError(
-                f"the prompt has {len(ids)} tokens; the model's context has room for 1 to {context - 1} and an answer. "
-                "Shorten the prompt"
+                f"prompt token {outside[0]} is outside the vocabulary, 0 to {self.tokenizer.vocab_size - 1}"
             )
+        ids = ids if ids[:1] == [bos] else [bos, *ids]
+        if len(ids) > context:
+            raise UserError(f"the prompt has {len(ids)} tokens and the model's context {context}; shorten the prompt")
         return ids
 
-    def _limit(self, prompt: list[int], max_new_tokens: int) -> int:
-        if max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
+    def _budget(self, prompt: list[int], max_new_tokens: int) -> int:
+        if max_new_tokens < 0:
+            raise UserError(f"--max-new-tokens is {max_new_tokens}; it must be 0 or more")
         return min(max_new_tokens, self.model.config.context_length - len(prompt))
 
+    def _draw(
+        self,
+        prompts: list[list[int]],
+        budgets: list[int],
+        sampling: Sampling,
+        seed: int | Sequence[int],
+        steps: int,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens and log-probabilities (B, up to `steps`) as they are drawn; `NO_TOKEN` behind a row's end, which EOS is the last token before."""
+        B, most = len(prompts), max(budgets)
+        if most == 0:
+            return
+        with self._on_mesh():
+            spare = -B % ways("batch")  # rows that only make the batch divide over the mesh
+            key_B = _row_keys(*_seeds(seed, B, spare))
+            cache, logits_BV = self._read([*prompts, *[[]] * spare], room=max(map(len, prompts)) + most)
+            left_B = np.array(budgets + [0] * spare, np.int32)
+            state, token_B, log_prob_B = begin(logits_BV, cache, left_B, key_B, sampling, eos_id=self.tokenizer.eos_id)
+        ready, drawn = (token_B[:, None], log_prob_B[:, None]), 1
+        ended_B = left_B[:B] == 0
+        while ready is not None:
+            following = None
+            if drawn < most:
+                # Dispatched before the last tokens are looked at: the device does not wait for the host. Where all rows have ended it returns at once.
+                with self._on_mesh():
+                    state, *following = decode(self.model, state, sampling, self.tokenizer.eos_id, steps)
+                drawn += steps
+            tokens_BT, log_probs_BT = (np.asarray(x)[:B] for x in ready)
+            yield tokens_BT, log_probs_BT
+            ended_B |= ((tokens_BT == NO_TOKEN) | (tokens_BT == self.tokenizer.eos_id)).any(-1)
+            ready = None if ended_B.all() else following
 
-def check_sampling(temperature: float, top_p: float, top_k: int) -> Sampling:
-    """The three as a `Sampling`.
+    def _read(self, prompts: list[list[int]], room: int) -> tuple[Cache, jax.Array]:
+        """The prompts in a cache with `room` slots or more, and the logits behind each prompt's last token."""
+        longest = max(map(len, prompts))
+        T = min(_rounded_up(longest, least=16), PREFILL_CHUNK)
+        slots = min(_rounded_up(room, least=64), self.model.config.context_length)
+        cache = init_cache(self.model.config, len(prompts), slots, self.dtype)
+        logits_BV = None
+        for start in range(0, longest, T):
+            pieces = [ids[start : start + T] for ids in prompts]
+            count_B = np.array([len(ids) for ids in pieces], np.int32)
+            tokens_BT = np.array([ids + [0] * (T - len(ids)) for ids in pieces], np.int32)
+            cache, new_BV = prefill(self.model, tokens_BT, count_B, cache)
+            logits_BV = new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
+        return cache, logits_BV
 
-    Raises:
-      UserError: one is out of its range; says which range that is.
-    """
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise UserError(
-            f"--temperature {temperature} --top-p {top_p} --top-k {top_k}: expected a temperature of at least 0, "
-            "a top-p above 0 and at most 1, a top-k of at least 0 (0 keeps all)"
-        )
-    return Sampling(temperature, top_p, top_k)
+    def _on_mesh(self) -> AbstractContextManager:
+        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
-def bucket(length: int, longest: int) -> int:
-    """The power of two, from `SMALLEST_BUCKET` on, that a length is padded to; never beyond `longest`."""
-    return min(max(SMALLEST_BUCKET, 1 << (int(length) - 1).bit_length()), longest)
+@jax.jit
+def _row_keys(seed_B: jax.Array, row_B: jax.Array) -> jax.Array:
+    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seed_B, row_B)
+
+
+def _seeds(seed: int | Sequence[int], rows: int, spare: int) -> tuple[np.ndarray, np.ndarray]:
+    """A seed and a row number for every row: one seed for all told apart by their number, or a seed each and number 0."""
+    if isinstance(seed, int):
+        seeds, numbers = [seed] * rows, range(rows)
+    elif len(seed) == rows:
+        seeds, numbers = list(seed), [0] * rows
+    else:
+        raise UserError(f"{len(seed)} seeds for {rows} prompts; expected one for all or one for each")
+    low_bits = [s & 0xFFFFFFFF for s in [*seeds, *[0] * spare]]
+    return np.array(low_bits, np.uint32), np.array([*numbers, *[0] * spare], np.uint32)
+
+
+def _rounded_up(n: int, least: int) -> int:
+    """The next power of two, so that few shapes are compiled."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _checked(sampling: Sampling) -> Sampling:
+    if not 0 <= sampling.temperature < float("inf"):
+        raise UserError(f"--temperature is {sampling.temperature}; it must be 0 (the likeliest token) or more")
+    if not 0 <= sampling.top_p <= 1:
+        raise UserError(f"--top-p is {sampling.top_p}; it is a probability, from 0 to 1 (all tokens)")
+    if sampling.top_k < 0:
+        raise UserError(f"--top-k is {sampling.top_k}; it must be 0 (all tokens) or more")
+    return Sampling(float(sampling.temperature), float(sampling.top_p), int(sampling.top_k))
