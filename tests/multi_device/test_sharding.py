@@ -7,7 +7,7 @@ import pytest
 
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.model import attention, transformer
-from llama_jax.parallel.mesh import RULES, make_mesh, sharding
+from llama_jax.parallel.mesh import RULES, constrain, make_mesh, sharding
 from llama_jax.training.loss import token_loss
 
 # Every axis divides by eight, and grouped queries are not as many as keys.
@@ -15,6 +15,8 @@ CONFIG = LlamaConfig(
     dim=64, n_layers=2, n_heads=16, n_kv_heads=8, head_dim=16, ffn_dim=128, vocab_size=256, context_length=128
 )
 ROWS, LENGTH = 8, 128
+# What the partitioner says on stderr when it finds no way from one layout to the next but to gather a whole array.
+WASTEFUL = "Involuntary full rematerialization"
 MESHES = [
     "data=2,fsdp=4",
     "data=4,fsdp=2",
@@ -83,8 +85,19 @@ def worst_difference(got, expected) -> float:
 def test_loss_and_gradients_equal_one_device(mesh_text, on_one_device, capfd):
     got, _ = loss_and_gradients(mesh_text)
     assert worst_difference(got, on_one_device) < 1e-5
-    # The partitioner says on stderr when it finds no way from one layout to the next but to gather a whole array.
-    assert "rematerialization" not in capfd.readouterr().err
+    assert WASTEFUL not in capfd.readouterr().err
+
+
+def test_the_warning_of_a_layout_that_has_no_way_would_be_seen(capfd):
+    """An embedding gathered only after the lookup, which is what `Llama.embed` avoids."""
+    with jax.set_mesh(make_mesh("fsdp=2,context=2,tensor=2")):
+
+        def lookup(table_VD, tokens_BT):
+            x_BTD = constrain(table_VD, "vocab", "embed")[tokens_BT]
+            return (constrain(x_BTD, "batch", "length", "act_embed") ** 2).sum()
+
+        jax.jit(jax.grad(lookup)).lower(jnp.ones((64, 64)), jnp.ones((8, 8), jnp.int32)).compile()
+    assert WASTEFUL in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("mesh_text", ["fsdp=2,tensor=4", "data=2,context=4"])
