@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_jax.data.documents import EveryNth, Tokenise, in_order, mixed_in_order
+from llama_jax.data.documents import EveryNth, Tokenise, in_order, mixed_in_order, tokens_per_document
 from llama_jax.data.packing import Batch, Cursor, pack
 from llama_jax.data.sources import SCHEMES, Documents, open_source
 from llama_jax.errors import UserError
@@ -38,7 +38,7 @@ class DataConfig:
     sources: tuple[str, ...] = ()
     """Where documents come from: text:GLOB, jsonl:GLOB, tfds:NAME[:SPLIT], hf:NAME[:SPLIT] or tokens:FOLDER."""
     weights: tuple[float, ...] = ()
-    """Each source's share of the documents, in any unit; empty: every document once an epoch."""
+    """Each source's share of the tokens, in any unit; empty: every document once an epoch."""
     held_out: float = 0.01
     """Fraction of each source's documents kept for evaluation, evenly spaced; 0 for none."""
     eval_sources: tuple[str, ...] = ()
@@ -75,7 +75,8 @@ def make_batches(
     sources = _open(config.sources, tokenizer)
     if period and not config.eval_sources:
         sources = [_part(source, spec, period, held_out=False) for source, spec in _named(sources, config.sources)]
-    order = mixed_in_order(sources, config.weights, shuffle=config.shuffle, seed=seed)
+    shares = _document_shares(config.weights, sources, Tokenise(tokenizer))
+    order = mixed_in_order(sources, shares, shuffle=config.shuffle, seed=seed)
     cursor = cursor or Cursor()
     documents = in_order(order, Tokenise(tokenizer), cursor.document, config.workers)
     some_text = _refuse_emptiness(documents, sum(map(len, sources)))
@@ -182,6 +183,17 @@ def _own_rows(rows: int, process_index: int, process_count: int) -> range:
         )
     share = rows // process_count
     return range(process_index * share, (process_index + 1) * share)
+
+
+def _document_shares(weights: tuple[float, ...], sources: list[Documents], tokenise: Tokenise) -> list[float]:
+    """Turns shares of the tokens into shares of the documents: books are few and long, answers many and short."""
+    if weights and len(weights) != len(sources):
+        raise UserError(f"{len(weights)} weights for {len(sources)} sources. Give --data.weights one number for each.")
+    if any(not weight > 0 for weight in weights):
+        raise UserError(f"Weights must be above 0, found {', '.join(map(str, weights))}. Leave out sources not wanted.")
+    return [
+        weight / tokens_per_document(source, tokenise) for weight, source in zip(weights, sources, strict=bool(weights))
+    ]
 
 
 def _refuse_emptiness(documents: Iterator[np.ndarray], epoch: int) -> Iterator[np.ndarray]:

@@ -21,7 +21,7 @@ def test_held_out_and_training_parts_share_nothing_and_lose_nothing(count, perio
 
 
 def test_weights_are_shares_of_the_documents():
-    """Llama 1's mix, in percent: CCNet, C4, GitHub, Wikipedia, Books, ArXiv, StackExchange (paper 2.1's predecessor)."""
+    """Llama 1's mix, in percent: CCNet, C4, GitHub, Wikipedia, Books, ArXiv, StackExchange."""
     weights = (67, 15, 4.5, 4.5, 4.5, 2.5, 2)
     sources = [range(1000 * number, 1000 * number + 50 + number) for number in range(7)]
     mixed = mixed_in_order(sources, weights, shuffle=False, seed=0)

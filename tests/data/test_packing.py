@@ -85,7 +85,7 @@ def test_processes_together_hold_what_one_holds(lengths, length, rows_and_proces
         np.testing.assert_array_equal(np.concatenate([part[number] for part in parts]), batch)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(documents_strategy, st.integers(1, 3), st.integers(1, 6))
 def test_going_on_from_any_cursor_gives_the_rest(lengths, rows, length):
     documents = make_documents(lengths)

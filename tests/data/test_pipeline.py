@@ -11,8 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_jax.data.documents import tokenize
 from llama_jax.data.packing import Cursor
-from llama_jax.data.pipeline import DataConfig, held_out_batches, held_out_bytes, held_out_documents, make_batches
+from llama_jax.data.pipeline import (
+    DataConfig,
+    held_out_batches,
+    held_out_bytes,
+    held_out_documents,
+    make_batches,
+    training_documents,
+)
 from llama_jax.errors import UserError
 
 KINDS = ["text", "jsonl", "gz", "zst", "tfds", "tokens"]
@@ -224,3 +232,29 @@ def test_a_program_that_ends_without_closing_its_batches_ends_well(specs, tokeni
     program = [sys.executable, str(tmp_path / "program.py")]
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (0, "2\n"), ended.stderr
+
+
+@pytest.mark.parametrize("long_kind", ["text", "tokens"])
+def test_weights_are_shares_of_the_tokens_however_long_the_documents(tokenizer, tmp_path, long_kind):
+    lengths = np.random.default_rng(0).integers(10, 90, 4000).tolist()
+    short = "".join(json.dumps({"text": "x" * length}) + "\n" for length in lengths)
+    (tmp_path / "short.jsonl").write_text(short)
+    # Longer than what is looked at to estimate their length.
+    (tmp_path / "long.txt").write_text("<|endoftext|>\n".join("y" * (3000 + 10 * n) + "\n" for n in range(300)))
+    long = f"text:{tmp_path}/long.txt"
+    if long_kind == "tokens":
+        tokenize((long,), tokenizer, tmp_path / "shards", say=lambda line: None)
+        long = f"tokens:{tmp_path}/shards"
+    config = DataConfig(sources=(f"jsonl:{tmp_path}/short.jsonl", long), weights=(3, 1), held_out=0)
+    stream = make_batches(config, tokenizer, rows=8, length=1024, seed=0)
+    seen = np.concatenate([batch.tokens_BT.ravel() for batch, _ in itertools.islice(stream, 150)])
+    stream.close()
+    y_id = tokenizer.encode("-y", bos=False)[-1]
+    documents = np.split(seen, np.flatnonzero(seen == tokenizer.bos_id)[1:])
+    of_long = sum(len(ids) for ids in documents if (ids == y_id).any())
+    assert abs(of_long / len(seen) - 0.25) < 0.01
+
+
+@pytest.mark.parametrize("config", ["text", "jsonl", "tfds"], indirect=True)
+def test_the_tokenizers_texts_are_those_trained_on(config, tokenizer, texts):
+    assert sorted(training_documents(config)) == sorted(set(texts) - set(held_out_documents(config, tokenizer)))

@@ -87,6 +87,15 @@ def test_files_without_separators_become_pieces_that_keep_every_byte(tmp_path, l
         assert all(piece.endswith("\n") for piece in pieces)
 
 
+def test_real_text_comes_back_whole(shared):
+    for name, between in (("tinystories_sample.txt", "<|endoftext|>\n"), ("tinyshakespeare.txt", "")):
+        found = TextFiles(str(shared / name))
+        assert len(found) > 100
+        assert between.join(map(found.__getitem__, range(len(found)))) == (shared / name).read_text().removesuffix(
+            between
+        )
+
+
 def test_a_glob_takes_files_in_order_of_their_names(tmp_path):
     for name in ("b", "a", "c"):
         (tmp_path / f"{name}.txt").write_text(name)
