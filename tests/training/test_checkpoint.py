@@ -1,8 +1,10 @@
 """Checkpoints: exact on every mesh, whole or noticed, and untouched by the training that goes on."""
 
+import gc
 import logging
 import random
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +41,17 @@ def state_on(text, step: int):
         return jax.device_put(generator.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
 
     return jax.tree.map(draw, abstract_on(text))
+
+
+@pytest.fixture(autouse=True)
+def orbax_leftovers():
+    """Collects the coroutines that a failed load leaves behind here, and not while some later code is being parsed: on
+    Python 3.11 their finalisers make `ast.parse` fail.
+    """
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
