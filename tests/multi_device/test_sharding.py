@@ -1,5 +1,7 @@
 """Loss and gradients on every mesh equal those of one device, and the parameters really lie where the rule table says."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,25 @@ def test_the_warning_of_a_layout_that_has_no_way_would_be_seen(capfd):
 def test_the_tpu_kernel_equals_one_device(mesh_text, on_one_device):
     got, _ = loss_and_gradients(mesh_text, "splash", remat="attention")
     assert worst_difference(got, on_one_device) < 1e-5
+
+
+def test_cudnn_is_told_where_its_queries_begin(monkeypatch):
+    """XLA plays cuDNN's part, given the mask and flags of each device."""
+    dot_product_attention = jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return dot_product_attention(*args, **kwargs, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(attention, "lacks_cudnn", lambda dtype: False)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(ROWS, LENGTH, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    for segments in (make_batch()["segments"], None):
+        expected = attention.causal_attention(q, k, v, segments, implementation="xla")
+        with jax.set_mesh(make_mesh("data=2,context=2,tensor=2")):
+            got = jax.jit(partial(attention.causal_attention, implementation="cudnn"))(q, k, v, segments)
+        assert np.linalg.norm(got - np.asarray(expected)) < 1e-6 * np.linalg.norm(expected)
 
 
 def test_causal_mask_that_forgets_where_its_queries_begin_is_caught(on_one_device, monkeypatch):
