@@ -49,7 +49,7 @@ CHAIN = replace(MODEL, dim=32, n_layers=1, ffn_dim=64, head_dim=8, vocab_size=ST
 
 def transition_matrix() -> np.ndarray:
     """P[i, j]: the probability that j follows i; every row another one, far from even."""
-    return np.random.default_rng(0).dirichlet(np.full(STATES, 0.4), STATES)
+    return np.random.default_rng(0).dirichlet(np.full(STATES, 0.2), STATES)
 
 
 def stationary(P: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ def chain():
     P = transition_matrix()
     rate = float(stationary(P) @ entropy(P))
     # Otherwise there would be nothing to learn from the state, and the tests below would say nothing.
-    assert rate < 0.8 * entropy(stationary(P)) and rate < 0.7 * np.log(STATES)
+    assert rate < 0.7 * entropy(stationary(P)) and rate < 0.7 * np.log(STATES)
     return P, rate
 
 
