@@ -2,7 +2,7 @@
 
 Claim: on documents longer than the short context the long one predicts better, and read in short pieces it loses
 nothing. The paper's own run: 150B tokens; long-context tasks rise from near zero, general ones stay.
-Command: python experiments/context_ablation.py --source "text:books/*.txt" --out runs/context_ablation
+Command: python -m experiments.context_ablation --source "text:books/*.txt" --out runs/context_ablation
 Cost: twice tiny_end_to_end. Measured: see docs/experiments.md.
 """
 

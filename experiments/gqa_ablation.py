@@ -3,7 +3,7 @@
 Claim: with the feed-forward widened by 1.33 and 1.3 to make up for the smaller attention, the three end at nearly the
 same held-out loss, while the cache of keys and values shrinks by the number of heads that share one.
 The paper's own run: 30B parameters, 150B tokens; its scores differ by a point or two without a clear winner.
-Command: python experiments/gqa_ablation.py --source "text:books/*.txt" --out runs/gqa_ablation
+Command: python -m experiments.gqa_ablation --source "text:books/*.txt" --out runs/gqa_ablation
 Cost: three times tiny_end_to_end. Measured: see docs/experiments.md.
 """
 

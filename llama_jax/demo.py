@@ -22,12 +22,13 @@ from llama_jax.training.metrics import format_duration, say
 PROMPTS = ("def main(", "The for statement is used to", "import os\n")
 
 
-def run(out: str, *, seed: int = 0, dry_run: bool = False) -> None:
+def run(out: str, *, seed: int = 0, train_tokens: int = 0, dry_run: bool = False) -> None:
     """Corpus, tokenizer, pretraining, checkpoint, evaluation beside gzip and xz, samples, report.
 
     Args:
       out: the run's folder; a demo that was interrupted goes on there.
       seed: of initialisation and data order.
+      train_tokens: to train on; the recipe's number if 0.
       dry_run: print the recipe and the memory, and touch nothing.
     """
     folder, began = Path(out), time.monotonic()
@@ -36,6 +37,7 @@ def run(out: str, *, seed: int = 0, dry_run: bool = False) -> None:
     config = dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, sources=(f"jsonl:{corpus}",)),
+        train_tokens=train_tokens or recipe.train_tokens,
         sample_prompts=PROMPTS,
         seed=seed,
         out=out,

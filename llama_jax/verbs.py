@@ -177,7 +177,7 @@ def tokenize(argv: Sequence[str]) -> None:
 def demo(argv: Sequence[str]) -> None:
     """See llama_jax.demo."""
 
-    def run(*, out: str = "runs/demo", seed: int = 0, dry_run: bool = False) -> None:
+    def run(*, out: str = "runs/demo", seed: int = 0, train_tokens: int = 0, dry_run: bool = False) -> None:
         """Run the whole pipeline in under 10 minutes on 2 cores, without a download, and write a report.
 
         Text that every Python carries -> tokenizer -> pretraining -> checkpoint -> held-out bits per byte beside gzip
@@ -190,11 +190,12 @@ def demo(argv: Sequence[str]) -> None:
         Args:
           out: The run's folder.
           seed: Of initialisation and data order.
+          train_tokens: Train on so many tokens instead of the recipe's.
           dry_run: Say what would be done, and touch nothing.
         """
         from llama_jax import demo
 
-        demo.run(out, seed=seed, dry_run=dry_run)
+        demo.run(out, seed=seed, train_tokens=train_tokens, dry_run=dry_run)
 
     _call(run, "demo", argv)
 

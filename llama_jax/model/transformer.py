@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.model.attention import attend_with_cache, causal_attention
-from llama_jax.parallel.mesh import constrain, sharding
+from llama_jax.parallel.mesh import constrain, sharding, ways
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Block(nnx.Module):
     def qkv(self, x_BTD: jax.Array, rope: "Rope", eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Normalised input to rotated queries (B, T, N, H), rotated keys and values (B, T, K, H)."""
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, eps)
-        q_BTNH = rotate(jnp.einsum("BTD,DNH->BTNH", h_BTD, self.wq_DNH), rope)
-        k_BTKH = rotate(jnp.einsum("BTD,DKH->BTKH", h_BTD, self.wk_DKH), rope)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, self.wv_DKH)
+        q_BTNH = rotate(per_token("BTD,DNH->BTNH", h_BTD, self.wq_DNH), rope)
+        k_BTKH = rotate(per_token("BTD,DKH->BTKH", h_BTD, self.wk_DKH), rope)
+        v_BTKH = per_token("BTD,DKH->BTKH", h_BTD, self.wv_DKH)
         return (
             checkpoint_name(constrain(q_BTNH, "batch", "length", "heads", "head_dim"), "qkv"),
             checkpoint_name(constrain(k_BTKH, "batch", "kv_length", "kv_heads", "head_dim"), "qkv"),
@@ -73,12 +73,12 @@ class Block(nnx.Module):
 
     def finish(self, x_BTD: jax.Array, heads_BTNH: jax.Array, eps: float) -> jax.Array:
         """Adds the attention output and then the feed-forward to the residual stream."""
-        x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", heads_BTNH, self.wo_NHD)
+        x_BTD = x_BTD + per_token("BTNH,NHD->BTD", heads_BTNH, self.wo_NHD)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         h_BTD = rms_norm(x_BTD, self.ffn_norm_D, eps)
-        gate_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, self.w_gate_DF)
-        up_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, self.w_up_DF)
-        x_BTD = x_BTD + jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.w_down_FD)
+        gate_BTF = per_token("BTD,DF->BTF", h_BTD, self.w_gate_DF)
+        up_BTF = per_token("BTD,DF->BTF", h_BTD, self.w_up_DF)
+        x_BTD = x_BTD + per_token("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.w_down_FD)
         return constrain(x_BTD, "batch", "length", "act_embed")
 
 
@@ -200,6 +200,19 @@ class Llama(nnx.Module):
         move the narrow type.
         """
         return jax.tree.map(lambda w: w.astype(dtype), self)
+
+
+def per_token(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`jnp.einsum(spec, x, weight)` for an x whose first axes are B and T and a weight that has neither.
+
+    Where a sequence is not split over devices, all tokens are laid out as one sequence first: the weight's gradient
+    then sums over one axis, while for a sum over two XLA on CPU copies the activations into another order.
+    """
+    if ways("length") > 1:
+        return jnp.einsum(spec, x, weight)
+    B, T = x.shape[:2]
+    out = jnp.einsum(spec, x.reshape(1, B * T, *x.shape[2:]), weight)
+    return out.reshape(B, T, *out.shape[2:])
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # Activations: every device that holds other parameters holds other sequences, so a batch is split over fsdp too.
     "batch": ("data", "fsdp"),
     "length": ("context",),
+    "tokens": ("data", "fsdp", "context"),
     "kv_length": (),
     "act_embed": (),
 }

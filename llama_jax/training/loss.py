@@ -60,38 +60,39 @@ def _token_loss_bwd(chunk, z_loss, grads, cotangent):
 
 def _forward(x_BTD, head_DV, targets_BT, weights_BT, chunk, z_loss, with_grads):
     B, T, D = x_BTD.shape
-    chunk = min(chunk, T)
-    n_chunks = -(-T // chunk)
-    pad = n_chunks * chunk - T
+    n_chunks = -(-T // min(chunk, T))
+    pad = -T % n_chunks
 
-    def split(a):  # (B, T, ...) -> (n_chunks, B, chunk, ...); the padding has weight 0
+    def split(a):
+        # (B, T, ...) -> (n_chunks, B * chunk, ...), the padding with weight 0. Every n-th token makes a chunk, so that each
+        # device of a split sequence has a part in every chunk; and sequences are joined, see `per_token`.
         a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(B, n_chunks, chunk, *a.shape[2:]), 1, 0)
+        a = jnp.moveaxis(a.reshape(B, -1, n_chunks, *a.shape[2:]), 2, 0)
+        return a.reshape(n_chunks, -1, *a.shape[3:])
 
     def step(carry, inputs):
         sums, dhead_DV = carry
-        x, targets, weights = inputs
+        x_MD, targets_M, weights_M = inputs
         # where, not multiplication by the weight: an infinity at a masked token must not become a NaN
-        x = jnp.where(weights[..., None] > 0, x, 0)
-        logits = jnp.einsum("BTD,DV->BTV", x, head_DV).astype(jnp.float32)
-        logits = constrain(logits, "batch", None, "vocab")
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-        nats = log_z - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        right = jnp.argmax(logits, axis=-1) == targets
+        x_MD = jnp.where(weights_M[:, None] > 0, x_MD, 0)
+        logits_MV = constrain(jnp.einsum("MD,DV->MV", x_MD, head_DV), "tokens", "vocab").astype(jnp.float32)
+        log_z_M = jax.nn.logsumexp(logits_MV, axis=-1)
+        hit_MV = jnp.arange(logits_MV.shape[-1]) == targets_M[:, None]
+        nats_M = log_z_M - jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1)
+        right_M = jnp.argmax(logits_MV, axis=-1) == targets_M
         sums = LossSums(
-            sums.loss + jnp.sum(weights * (nats + z_loss * log_z**2)),
-            sums.nats + jnp.sum(weights * nats),
-            sums.correct + jnp.sum(weights * right),
+            sums.loss + jnp.sum(weights_M * (nats_M + z_loss * log_z_M**2)),
+            sums.nats + jnp.sum(weights_M * nats_M),
+            sums.correct + jnp.sum(weights_M * right_M),
         )
         if not with_grads:
             return (sums, dhead_DV), None
-        probabilities = jnp.exp(logits - log_z[..., None])
-        dlogits = weights[..., None] * (probabilities * (1 + 2 * z_loss * log_z[..., None]) - hit)
-        dlogits = dlogits.astype(x.dtype)
-        dx = jnp.einsum("BTV,DV->BTD", dlogits, head_DV)
-        dhead_DV = dhead_DV + jnp.einsum("BTV,BTD->DV", dlogits, x, preferred_element_type=jnp.float32)
-        return (sums, dhead_DV), dx
+        probabilities_MV = jnp.exp(logits_MV - log_z_M[:, None])
+        dlogits_MV = weights_M[:, None] * (probabilities_MV * (1 + 2 * z_loss * log_z_M[:, None]) - hit_MV)
+        dlogits_MV = dlogits_MV.astype(x_MD.dtype)
+        dx_MD = jnp.einsum("MV,DV->MD", dlogits_MV, head_DV)
+        dhead_DV = dhead_DV + jnp.einsum("MV,MD->DV", dlogits_MV, x_MD, preferred_element_type=jnp.float32)
+        return (sums, dhead_DV), dx_MD
 
     zero = jnp.zeros((), jnp.float32)
     dhead_DV = jnp.zeros(head_DV.shape if with_grads else (), jnp.float32)
@@ -99,7 +100,7 @@ def _forward(x_BTD, head_DV, targets_BT, weights_BT, chunk, z_loss, with_grads):
     (sums, dhead_DV), dx = jax.lax.scan(step, carry, (split(x_BTD), split(targets_BT), split(weights_BT)))
     if not with_grads:
         return sums, None
-    dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(B, n_chunks * chunk, D)[:, :T]
+    dx_BTD = jnp.moveaxis(dx.reshape(n_chunks, B, -1, D), 0, 2).reshape(B, -1, D)[:, :T]
     return sums, (dx_BTD, dhead_DV)
 
 

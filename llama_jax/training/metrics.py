@@ -74,7 +74,7 @@ def model_flops_utilisation(model: LlamaConfig, length: int, tokens_per_s: float
     chip = hardware.detect(jax.devices()[0])
     if chip is None:
         return None
-    return tokens_per_s * train_flops_per_token(model, length) / (chip.peak_bf16_flops * jax.device_count())
+    return tokens_per_s * train_flops_per_token(model, length) / (chip.device_peak_bf16_flops * jax.device_count())
 
 
 def device_memory() -> tuple[float, float] | None:
