@@ -55,8 +55,9 @@ def make_folder(folder: Path) -> None:
     """
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "writable", b"")
-        (folder / "writable").unlink()
+        probe = folder / f"writable.{jax.process_index()}"
+        write_whole(probe, b"")
+        probe.unlink()
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written to ({error.strerror}); name another with --out") from error
 
