@@ -1,7 +1,8 @@
 """Training tokens/s of the step of `llama_jax.training.step` against Hugging Face `LlamaForCausalLM` under PyTorch, eager and compiled.
 
-Same shapes, same precision, same optimizer (AdamW behind a clipped gradient), same number of threads. Each side lives in a process of its own; while one
-steps, the others wait, and their steps alternate (A, B, C, A, B, C, ...), so that a slow moment of the machine falls on all. Compared are medians.
+Same shapes, same precision, same optimizer (AdamW behind a clipped gradient), same number of threads. Each side lives in
+a process of its own; while one steps, the others wait, and their steps alternate (A, B, C, A, B, C, ...), so that a slow
+moment of the machine falls on all. Compared are medians.
 """
 
 import argparse
@@ -127,7 +128,7 @@ SIDES = {
 
 
 def worker(side: str, args: argparse.Namespace, pipe) -> None:
-    """One side in its own process: builds, warms up, then takes a step whenever it is asked and answers its seconds and loss."""
+    """One side in its own process: builds, warms up, then takes a step whenever it is asked and answers its seconds, CPU seconds and loss."""
     if args.device == "cpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -137,15 +138,16 @@ def worker(side: str, args: argparse.Namespace, pipe) -> None:
         one()
     pipe.send({**about, "ready_s": time.perf_counter() - start})
     while pipe.recv() == "step":
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         loss = one()
-        pipe.send((time.perf_counter() - start, loss))
+        pipe.send((time.perf_counter() - start, time.process_time() - start_cpu, loss))
 
 
 def measure(args: argparse.Namespace) -> dict:
     """Starts every side, alternates their steps, and gives medians and ratios."""
     context = multiprocessing.get_context("spawn")
-    pipes, about, seconds, losses = {}, {}, {side: [] for side in args.sides}, {}
+    pipes, about, losses = {}, {}, {}
+    seconds, cpu_seconds = {side: [] for side in args.sides}, {side: [] for side in args.sides}
     for side in args.sides:
         pipes[side], end = context.Pipe()
         context.Process(target=worker, args=(side, args, end), daemon=True).start()
@@ -154,8 +156,9 @@ def measure(args: argparse.Namespace) -> dict:
     for _ in range(args.steps):
         for side in args.sides:
             pipes[side].send("step")
-            took, losses[side] = pipes[side].recv()
+            took, cpu, losses[side] = pipes[side].recv()
             seconds[side].append(took)
+            cpu_seconds[side].append(cpu)
     for pipe in pipes.values():
         pipe.send("stop")
     config, tokens = SIZES[args.size], args.rows * args.length
@@ -169,6 +172,7 @@ def measure(args: argparse.Namespace) -> dict:
             "median_s": median,
             "fastest_s": min(seconds[side]),
             "slowest_s": max(seconds[side]),
+            "cpu_s": statistics.median(cpu_seconds[side]),
             "tflops_per_s": flops / median / 1e12,
             "mfu": flops / median / peak if peak else None,
             "loss": losses[side],
@@ -198,12 +202,13 @@ def show(result: dict) -> None:
         f"{result['dtype']}, {next(iter(result['sides'].values()))['device']}"
         + (f", {result['threads']} threads" if result["threads"] else "")
     )
-    print(f"{'side':10}{'tokens/s':>12}{'s/step':>10}{'fastest':>10}{'slowest':>10}{'TFLOP/s':>10}{'MFU':>8}{'loss':>9}{'ours is':>10}")
+    columns = ("s/step", "fastest", "slowest", "CPU s", "TFLOP/s")
+    print(f"{'side':10}{'tokens/s':>12}{''.join(f'{c:>10}' for c in columns)}{'MFU':>8}{'loss':>9}{'ours is':>10}")
     for side, row in result["sides"].items():
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         ratio = f"{result['ratio'][side]:.2f}x" if side in result["ratio"] else ""
         print(
-            f"{side:10}{row['tokens_per_s']:12,.0f}{row['median_s']:10.3f}{row['fastest_s']:10.3f}{row['slowest_s']:10.3f}"
+            f"{side:10}{row['tokens_per_s']:12,.0f}{row['median_s']:10.3f}{row['fastest_s']:10.3f}{row['slowest_s']:10.3f}{row['cpu_s']:10.3f}"
             f"{row['tflops_per_s']:10.3f}{mfu:>8}{row['loss']:9.3f}{ratio:>10}"
         )
 
@@ -215,13 +220,19 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="15m", help="shape of the model")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where all sides run")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls; float32 on cpu, bfloat16 on gpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the matmuls; float32 on cpu, bfloat16 on gpu"
+    )
     parser.add_argument("--rows", type=int, help="sequences in a step")
     parser.add_argument("--length", type=int, help="tokens in a sequence")
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each side")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores each side may use on cpu")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores each side may use on cpu"
+    )
     parser.add_argument("--remat", choices=("none", "dots", "attention", "full"), default="none", help="of our side")
-    parser.add_argument("--loss-chunk", type=int, default=2048, help="tokens of a sequence whose logits we hold at once")
+    parser.add_argument(
+        "--loss-chunk", type=int, default=2048, help="tokens of a sequence whose logits we hold at once"
+    )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()

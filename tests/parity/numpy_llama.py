@@ -1,7 +1,8 @@
 """A slow Llama in float64 NumPy, in Meta's layout, written from the paper's description and from nothing in `llama_jax`.
 
-Flat matrices that act from the left (`wq (N H, D)`), w1/w2/w3, rotary pairs of neighbours multiplied as complex numbers, key and value heads repeated, one
-sequence and one head at a time. `forward(..., wrong=...)` makes one of the mistakes that implementations make.
+Flat matrices that act from the left (`wq (N H, D)`), w1/w2/w3, rotary pairs of neighbours multiplied as complex numbers,
+key and value heads repeated, one sequence and one head at a time. `forward(..., wrong=...)` makes one of the mistakes
+that implementations make.
 """
 
 from dataclasses import replace
@@ -12,7 +13,6 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model.transformer import Llama, Param, describe
-
 
 MUTANTS = (
     "rope not permuted",
@@ -79,7 +79,11 @@ def forward(weights: dict[str, np.ndarray], tokens: np.ndarray, config: LlamaCon
     turns = np.exp(1j * np.outer(np.arange(len(tokens)), frequencies(c)))  # (T, H/2)
     x = weights["tok_embeddings.weight"][tokens]
     for i in range(c.n_layers):
-        w = {name.removeprefix(f"layers.{i}."): value for name, value in weights.items() if name.startswith(f"layers.{i}.")}
+        w = {
+            name.removeprefix(f"layers.{i}."): value
+            for name, value in weights.items()
+            if name.startswith(f"layers.{i}.")
+        }
         x = x + attention(norm(x, w["attention_norm.weight"], c.norm_eps), w, turns, c, wrong)
         ffn_weight = np.ones(c.dim) if wrong == "norm weight forgotten" else w["ffn_norm.weight"]
         x = x + feed_forward(norm(x, ffn_weight, c.norm_eps), w, wrong)
@@ -156,7 +160,7 @@ def feed_forward(h: np.ndarray, w: dict[str, np.ndarray], wrong: str) -> np.ndar
 
 
 def halves_from_neighbours(matrix: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders the rows of a q or k matrix (heads * H, D) from pairs of neighbours to pairs of halves: of each head first the even rows, then the odd."""
+    """Reorders the rows of a q or k matrix (heads * H, D) from pairs of neighbours to pairs of halves: even rows first."""
     rows, columns = matrix.shape
     return matrix.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

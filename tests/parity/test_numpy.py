@@ -6,9 +6,9 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from tests.parity.numpy_llama import MUTANTS, forward, random_weights, to_ours
 
 from llama_jax.config import Compute, LlamaConfig, RopeScaling
+from tests.parity.numpy_llama import MUTANTS, forward, random_weights, to_ours
 
 LENGTH = 512
 TOLERANCE = 1e-4
@@ -40,7 +40,9 @@ def problem(name: str, scale: float) -> tuple[dict[str, np.ndarray], np.ndarray,
     config = CONFIGS[name]
     weights = random_weights(config, seed=0, embedding_scale=scale)
     tokens_T = np.random.default_rng(1).integers(0, config.vocab_size, LENGTH)
-    logits_BTV = jax.jit(lambda model, tokens_BT: model(tokens_BT, compute=FP32))(to_ours(weights, config), tokens_T[None])
+    logits_BTV = jax.jit(lambda model, tokens_BT: model(tokens_BT, compute=FP32))(
+        to_ours(weights, config), tokens_T[None]
+    )
     return weights, tokens_T, np.asarray(logits_BTV[0], np.float64)
 
 
@@ -74,4 +76,6 @@ def test_one_head_layout_cannot_hide_regrouped_heads():
     """At 8/8 and 8/1 regrouping changes nothing: why 8/2 is in the list."""
     for name, shows in (("8/8", False), ("8/1", False), ("8/2", True)):
         weights, tokens_T, got = problem(name, 1.0)
-        assert (worst(got, forward(weights, tokens_T, CONFIGS[name], "query heads regrouped")) > 100 * TOLERANCE) == shows
+        assert (
+            worst(got, forward(weights, tokens_T, CONFIGS[name], "query heads regrouped")) > 100 * TOLERANCE
+        ) == shows
