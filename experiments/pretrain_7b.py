@@ -13,7 +13,7 @@ from llama_jax.stages.pretrain import PretrainConfig
 from llama_jax.training.loop import LoopConfig
 from llama_jax.training.optimizer import OptimizerConfig
 
-# Share of the sampled tokens in percent (Llama 1, Table 1); here of documents, see DataConfig.weights.
+# Share of the sampled tokens in percent (Llama 1, Table 1).
 LLAMA1_MIX = {
     "tokens:corpus/ccnet": 67.0,
     "tokens:corpus/c4": 15.0,

@@ -12,20 +12,20 @@ from llama_jax.training.optimizer import OptimizerConfig
 
 config = PretrainConfig(
     model=LlamaConfig(
-        dim=256,
+        dim=192,
         n_layers=6,
-        n_heads=8,
-        n_kv_heads=4,
+        n_heads=6,
+        n_kv_heads=2,
         head_dim=32,
-        ffn_dim=704,
+        ffn_dim=512,
         vocab_size=4096,
         context_length=256,
     ),
-    data=DataConfig(held_out=0.02, eval_documents=200),
-    train_tokens=2_400_000,
+    data=DataConfig(held_out=0.02, eval_documents=50),
+    train_tokens=1_200_000,
     batch_tokens=16 * 256,
     optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=30),
-    compute=Compute(dtype="float32", remat="none", loss_chunk=256),
-    loop=LoopConfig(log_every=10, eval_every=200, save_every=200),
+    compute=Compute(dtype="float32", remat="none", loss_chunk=64),
+    loop=LoopConfig(log_every=10, eval_every=100, save_every=100),
     out="runs/tiny",
 )
