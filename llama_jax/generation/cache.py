@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
-from llama_jax.parallel.mesh import constrain
+from llama_jax.parallel.mesh import constrain, partition_spec, per_device
+
+KV_AXES = ("layer", "batch", "kv_length", "kv_heads", "head_dim")
 
 
 class Cache(NamedTuple):
@@ -32,7 +34,8 @@ def init_cache(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> Cache:
       dtype: of the keys and values, and so of the computation that reads them.
     """
     shape = (config.n_layers, rows, slots, config.n_kv_heads, config.head_dim)
-    return Cache(_lay_out(jnp.zeros(shape, dtype)), _lay_out(jnp.zeros(shape, dtype)), jnp.zeros(rows, jnp.int32))
+    k_LBSKH, v_LBSKH = (constrain(jnp.zeros(shape, dtype), *KV_AXES) for _ in "kv")
+    return Cache(k_LBSKH, v_LBSKH, constrain(jnp.zeros(rows, jnp.int32), "batch"))
 
 
 def write(cache: Cache, k_LBTKH: jax.Array, v_LBTKH: jax.Array, count_B: jax.Array) -> Cache:
@@ -44,21 +47,29 @@ def write(cache: Cache, k_LBTKH: jax.Array, v_LBTKH: jax.Array, count_B: jax.Arr
       v_LBTKH: values of the new tokens.
       count_B: int32, 0 to T; the rest is padding and is not written. Nothing is written beyond the last slot either.
     """
-    S, T = cache.k_LBSKH.shape[2], k_LBTKH.shape[2]
-    steps_T = jnp.arange(T)
-    slots_BT = jnp.where(steps_T < count_B[:, None], cache.length_B[:, None] + steps_T, S)
-
-    # Row by row under vmap: the rows are then a batch of the scatter, which the partitioner leaves where they are.
-    @partial(jax.vmap, in_axes=(1, 1, 0), out_axes=1)
-    def put(old_LSKH: jax.Array, new_LTKH: jax.Array, slots_T: jax.Array) -> jax.Array:
-        return old_LSKH.at[:, slots_T].set(new_LTKH, mode="drop")
-
+    kv_spec, row_spec = partition_spec(KV_AXES), partition_spec(("batch",))
+    # One slice after another, each device for its own rows: a scatter would have the whole cache transposed, and back.
+    write_rows = per_device(_write_rows, in_specs=(kv_spec, kv_spec, row_spec, row_spec), out_specs=kv_spec)
     return Cache(
-        _lay_out(put(cache.k_LBSKH, k_LBTKH, slots_BT)),
-        _lay_out(put(cache.v_LBSKH, v_LBTKH, slots_BT)),
+        write_rows(cache.k_LBSKH, k_LBTKH, cache.length_B, count_B),
+        write_rows(cache.v_LBSKH, v_LBTKH, cache.length_B, count_B),
         cache.length_B + count_B,
     )
 
 
-def _lay_out(kv_LBSKH: jax.Array) -> jax.Array:
-    return constrain(kv_LBSKH, "layer", "batch", "kv_length", "kv_heads", "head_dim")
+def _write_rows(old_LBSKH: jax.Array, new_LBTKH: jax.Array, start_B: jax.Array, count_B: jax.Array) -> jax.Array:
+    L, B, S, K, H = old_LBSKH.shape
+    T = min(new_LBTKH.shape[2], S)
+
+    def write_row(b: jax.Array, old_LBSKH: jax.Array) -> jax.Array:
+        # Near the end of a row the slice begins earlier, and keeps what stands there.
+        first = jnp.minimum(start_B[b], S - T)
+        place_T = first + jnp.arange(T) - start_B[b]
+        is_new_T = (place_T >= 0) & (place_T < count_B[b])
+        there = (0, b, first, 0, 0)
+        new_L1TKH = jnp.take(jax.lax.dynamic_slice_in_dim(new_LBTKH, b, 1, axis=1), place_T, axis=2, mode="clip")
+        old_L1TKH = jax.lax.dynamic_slice(old_LBSKH, there, (L, 1, T, K, H))
+        row_L1TKH = jnp.where(is_new_T[:, None, None], new_L1TKH, old_L1TKH)
+        return jax.lax.dynamic_update_slice(old_LBSKH, row_L1TKH, there)
+
+    return jax.lax.fori_loop(0, B, write_row, old_LBSKH)

@@ -178,7 +178,8 @@ class Engine:
         while ready is not None:
             following = None
             if drawn < most:
-                # Dispatched before the last tokens are looked at: the device does not wait for the host. Where all rows have ended it returns at once.
+                # Dispatched before the last tokens are looked at, so that the device does not wait for the host; once all rows
+                # have ended it returns at once.
                 with self._on_mesh():
                     state, *following = decode(self.model, state, sampling, self.tokenizer.eos_id, steps)
                 drawn += steps

@@ -1,0 +1,164 @@
+"""The cache: what is read back through it is what the full forward pass sees, and it is written where it lies."""
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.config import Compute, LlamaConfig
+from llama_jax.generation.cache import Cache, init_cache, write
+from llama_jax.generation.sampler import Decoding, Sampling, decode, prefill
+from llama_jax.model import transformer
+from llama_jax.model.transformer import Llama, abstract
+from tests.parity.numpy_llama import random_weights, to_ours
+
+GQA = LlamaConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, ffn_dim=96, vocab_size=131, head_dim=12)
+MHA = replace(GQA, n_kv_heads=8)
+FP32 = Compute(dtype="float32", remat="none")
+TOLERANCE = 1e-5
+
+LENGTHS = np.array([29, 13, 1, 22])
+# How many tokens of each row every call brings: some rows are ahead, some get nothing, and from the fourth call on they come one by one.
+PIECES = [np.array([7, 5, 1, 0]), np.array([0, 4, 0, 8]), np.array([9, 0, 0, 8])]
+PIECES += [(sum(PIECES) + i < LENGTHS).astype(int) for i in range(13)]
+
+
+@cache
+def problem(config: LlamaConfig) -> tuple[Llama, np.ndarray, np.ndarray]:
+    """A model whose every path carries signal, tokens, and the logits of the full forward pass."""
+    model = to_ours(random_weights(config, seed=0), config)
+    tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (len(LENGTHS), LENGTHS.max()))
+    return model, tokens_BT, np.asarray(jax.jit(lambda m, t: m(t, compute=FP32))(model, tokens_BT))
+
+
+def teacher_forced_error(config: LlamaConfig, write=write, slots: int = 32) -> float:
+    """Largest relative error of any position's logits when the tokens come in `PIECES`."""
+    model, tokens_BT, want_BTV = problem(config)
+
+    @jax.jit  # anew for each call, so that what a test replaced is traced
+    def extend(tokens_BT, count_B, cache):
+        x_BTD, k_LBTKH, v_LBTKH = model.extend(tokens_BT, *cache)
+        return write(cache, k_LBTKH, v_LBTKH, count_B), model.logits(x_BTD)
+
+    # Not zeros: what was left in a slot by another use must not matter either.
+    cache = jax.tree.map(lambda x: x + 3, init_cache(config, len(LENGTHS), slots, jnp.float32))
+    cache, done_B, worst = cache._replace(length_B=cache.length_B - 3), np.zeros(len(LENGTHS), int), 0.0
+    for count_B in PIECES:
+        T = 9 if count_B.max() > 1 else 1
+        piece_BT = np.array(
+            [np.resize(row[n : n + T], T) for row, n in zip(np.pad(tokens_BT, ((0, 0), (0, 9))), done_B, strict=True)]
+        )
+        cache, logits_BTV = extend(piece_BT, count_B, cache)
+        for row, (n, count) in enumerate(zip(done_B, count_B, strict=True)):
+            if count:
+                got, want = np.asarray(logits_BTV[row, :count]), want_BTV[row, n : n + count]
+                worst = max(worst, float(np.max(np.abs(got - want).max(-1) / np.abs(want).max(-1))))
+        done_B = done_B + count_B
+    assert (done_B == LENGTHS).all()
+    return worst
+
+
+@pytest.mark.parametrize(("config", "slots"), [(GQA, 32), (GQA, 29), (MHA, 29)], ids=["8/2", "8/2 full", "8/8 full"])
+def test_every_position_equals_the_full_forward(config: LlamaConfig, slots: int):
+    assert teacher_forced_error(config, slots=slots) < TOLERANCE
+
+
+def test_decoded_tokens_one_position_off_are_caught(monkeypatch):
+    right = transformer.rope_table
+    monkeypatch.setattr(transformer, "rope_table", lambda c, p_BT: right(c, p_BT + (p_BT.shape[1] == 1)))
+    assert teacher_forced_error(GQA) > 100 * TOLERANCE
+
+
+def test_attention_to_unfilled_slots_is_caught(monkeypatch):
+    right = transformer.attend_with_cache
+    monkeypatch.setattr(transformer, "attend_with_cache", lambda *a: right(*a[:5], jnp.full_like(a[5], a[3].shape[1])))
+    assert teacher_forced_error(GQA) > 100 * TOLERANCE
+
+
+WRONG_WRITES = {
+    "padding counted as tokens": lambda cache, k, v, count_B: write(cache, k, v, jnp.full_like(count_B, k.shape[2])),
+    "one slot too late": lambda cache, k, v, count_B: write(
+        cache._replace(length_B=cache.length_B + 1), k, v, count_B
+    )._replace(length_B=cache.length_B + count_B),
+    "one slot too early": lambda cache, k, v, count_B: write(
+        cache._replace(length_B=cache.length_B - 1), k, v, count_B
+    )._replace(length_B=cache.length_B + count_B),
+    "all rows where the first one is": lambda cache, k, v, count_B: write(
+        cache._replace(length_B=jnp.full_like(cache.length_B, cache.length_B[0])), k, v, count_B
+    )._replace(length_B=cache.length_B + count_B),
+    "keys for values": lambda cache, k, v, count_B: write(cache, v, k, count_B),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_WRITES)
+def test_a_cache_written_wrongly_is_caught(wrong: str):
+    assert teacher_forced_error(GQA, WRONG_WRITES[wrong], slots=48) > 100 * TOLERANCE
+
+
+jitted_write = jax.jit(write)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=3, max_size=3))
+def test_write_equals_a_loop_and_drops_what_does_not_fit(rows: list[tuple[int, int]]):
+    length_B, count_B = np.array(rows, np.int32).T
+    old_LBSKH = np.arange(2 * 3 * 8 * 2, dtype=np.float32).reshape(2, 3, 8, 1, 2)
+    new_LBTKH = -1 - np.arange(2 * 3 * 4 * 2, dtype=np.float32).reshape(2, 3, 4, 1, 2)
+    cache = jitted_write(Cache(old_LBSKH, 2 * old_LBSKH, length_B), new_LBTKH, 3 * new_LBTKH, count_B)
+    want = old_LBSKH.copy()
+    want_v = 2 * want
+    for b, (length, count) in enumerate(rows):
+        for t in range(min(count, 8 - length)):
+            want[:, b, length + t] = new_LBTKH[:, b, t]
+            want_v[:, b, length + t] = 3 * new_LBTKH[:, b, t]
+    np.testing.assert_array_equal(cache.k_LBSKH, want)
+    np.testing.assert_array_equal(cache.v_LBSKH, want_v)
+    np.testing.assert_array_equal(cache.length_B, length_B + count_B)
+
+
+def compiled(name: str, rows: int = 4, slots: int = 96) -> jax.stages.Compiled:
+    """`prefill` or `decode` for shapes alone."""
+    model, cache = abstract(GQA), jax.eval_shape(lambda: init_cache(GQA, rows, slots, jnp.float32))
+    count_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    if name == "prefill":
+        return prefill.lower(model, jax.ShapeDtypeStruct((rows, 16), jnp.int32), count_B, cache).compile()
+    key_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    return decode.lower(model, Decoding(cache, count_B, count_B, key_B), Sampling(), 2, int(name[-1])).compile()
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode 1", "decode 8"])
+def test_the_donated_cache_is_written_in_place(name: str):
+    """The output lies in the input's memory, and no instruction copies, transposes or selects an array of the cache's shape."""
+    program = compiled(name)
+    shape = (GQA.n_layers, 4, 96, GQA.n_kv_heads, GQA.head_dim)
+    assert program.memory_analysis().alias_size_in_bytes >= 2 * 4 * np.prod(shape)
+    made_by = re.findall(rf"= f32\[{','.join(map(str, shape))}\]\S* ([\w-]+)\(", program.as_text())
+    assert {"parameter", "dynamic-update-slice"} <= set(made_by)
+    # The only fusions are those that update a slice.
+    assert set(made_by) <= {"parameter", "dynamic-update-slice", "fusion", "get-tuple-element", "bitcast"}
+    assert made_by.count("fusion") == made_by.count("dynamic-update-slice") == 2
+
+
+def test_the_search_for_copies_finds_them(monkeypatch):
+    """A scatter over rows, which has the cache transposed, is caught by the same search."""
+    from llama_jax.generation import sampler
+
+    def scattered(cache, k_LBTKH, v_LBTKH, count_B):
+        put = jax.vmap(lambda old, new, slot_T: old.at[:, slot_T].set(new, mode="drop"), in_axes=(1, 1, 0), out_axes=1)
+        slots_BT = cache.length_B[:, None] + jnp.arange(k_LBTKH.shape[2])
+        return Cache(
+            put(cache.k_LBSKH, k_LBTKH, slots_BT), put(cache.v_LBSKH, v_LBTKH, slots_BT), cache.length_B + count_B
+        )
+
+    monkeypatch.setattr(sampler, "write", scattered)
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        test_the_donated_cache_is_written_in_place("decode 1")
+    monkeypatch.undo()
+    jax.clear_caches()
