@@ -58,18 +58,21 @@ def write(cache: Cache, k_LBTKH: jax.Array, v_LBTKH: jax.Array, count_B: jax.Arr
 
 
 def _write_rows(old_LBSKH: jax.Array, new_LBTKH: jax.Array, start_B: jax.Array, count_B: jax.Array) -> jax.Array:
-    L, B, S, K, H = old_LBSKH.shape
-    T = min(new_LBTKH.shape[2], S)
+    old, new = old_LBSKH, new_LBTKH
+    if old.shape[3] == 1:
+        # One head per device: TPU would tile this axis for the update, and copy the whole cache to that layout and back.
+        old, new = old.squeeze(3), new.squeeze(3)
+    (L, B, S), rest = old.shape[:3], old.shape[3:]
+    T = min(new.shape[2], S)
 
-    def write_row(b: jax.Array, old_LBSKH: jax.Array) -> jax.Array:
+    def write_row(b: jax.Array, old: jax.Array) -> jax.Array:
         # Near the end of a row the slice begins earlier, and keeps what stands there.
         first = jnp.minimum(start_B[b], S - T)
         place_T = first + jnp.arange(T) - start_B[b]
-        is_new_T = (place_T >= 0) & (place_T < count_B[b])
-        there = (0, b, first, 0, 0)
-        new_L1TKH = jnp.take(jax.lax.dynamic_slice_in_dim(new_LBTKH, b, 1, axis=1), place_T, axis=2, mode="clip")
-        old_L1TKH = jax.lax.dynamic_slice(old_LBSKH, there, (L, 1, T, K, H))
-        row_L1TKH = jnp.where(is_new_T[:, None, None], new_L1TKH, old_L1TKH)
-        return jax.lax.dynamic_update_slice(old_LBSKH, row_L1TKH, there)
+        is_new_T = ((place_T >= 0) & (place_T < count_B[b])).reshape(T, *(1 for _ in rest))
+        there = (0, b, first, *(0 for _ in rest))
+        new_row = jnp.take(jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1), place_T, axis=2, mode="clip")
+        old_row = jax.lax.dynamic_slice(old, there, (L, 1, T, *rest))
+        return jax.lax.dynamic_update_slice(old, jnp.where(is_new_T, new_row, old_row), there)
 
-    return jax.lax.fori_loop(0, B, write_row, old_LBSKH)
+    return jax.lax.fori_loop(0, B, write_row, old).reshape(old_LBSKH.shape)

@@ -205,14 +205,14 @@ class Llama(nnx.Module):
 def per_token(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """`jnp.einsum(spec, x, weight)` for an x whose first axes are B and T and a weight that has neither.
 
-    Where a sequence is not split over devices, all tokens are laid out as one sequence first: the weight's gradient
-    then sums over one axis, while for a sum over two XLA on CPU copies the activations into another order.
+    Where a sequence is not split over devices, the two axes are joined for the matmul: the weight's gradient then sums
+    over one axis, while for a sum over two XLA on CPU copies the activations into another order.
     """
     if ways("length") > 1:
         return jnp.einsum(spec, x, weight)
     B, T = x.shape[:2]
-    out = jnp.einsum(spec, x.reshape(1, B * T, *x.shape[2:]), weight)
-    return out.reshape(B, T, *out.shape[2:])
+    out = jnp.einsum(spec.replace("B", ""), x.reshape(B * T, *x.shape[2:]), weight)
+    return out.reshape(B, T, *out.shape[1:])
 
 
 @dataclass(frozen=True)

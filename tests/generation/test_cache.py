@@ -105,11 +105,13 @@ jitted_write = jax.jit(write)
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=3, max_size=3))
-def test_write_equals_a_loop_and_drops_what_does_not_fit(rows: list[tuple[int, int]]):
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=3, max_size=3), st.sampled_from([(1, 2), (2, 1)])
+)
+def test_write_equals_a_loop_and_drops_what_does_not_fit(rows: list[tuple[int, int]], heads: tuple[int, int]):
     length_B, count_B = np.array(rows, np.int32).T
-    old_LBSKH = np.arange(2 * 3 * 8 * 2, dtype=np.float32).reshape(2, 3, 8, 1, 2)
-    new_LBTKH = -1 - np.arange(2 * 3 * 4 * 2, dtype=np.float32).reshape(2, 3, 4, 1, 2)
+    old_LBSKH = np.arange(2 * 3 * 8 * 2, dtype=np.float32).reshape(2, 3, 8, *heads)
+    new_LBTKH = -1 - np.arange(2 * 3 * 4 * 2, dtype=np.float32).reshape(2, 3, 4, *heads)
     cache = jitted_write(Cache(old_LBSKH, 2 * old_LBSKH, length_B), new_LBTKH, 3 * new_LBTKH, count_B)
     want = old_LBSKH.copy()
     want_v = 2 * want

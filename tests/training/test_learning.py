@@ -1,6 +1,7 @@
 """It learns what it should and nothing else: a text by heart, and a Markov chain down to its entropy and not below."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -23,11 +24,17 @@ in the plain falls mainly, that a quick brown fox jumps over a lazy dog, and tha
 """
 
 
-def train(config, peak_lr, batches, steps, warmup=20):
+@cache
+def trainer(config, peak_lr, steps):
+    """A function to a fresh state, and the training step."""
+    optimizer = make_optimizer(OptimizerConfig(peak_lr=peak_lr, warmup_steps=20), config, steps)
+    return jax.jit(lambda: init_state(config, optimizer, jax.random.key(0))), make_train_step(optimizer, COMPUTE)
+
+
+def train(config, peak_lr, batches, steps):
     """The weights after so many steps, and the last step's loss."""
-    optimizer = make_optimizer(OptimizerConfig(peak_lr=peak_lr, warmup_steps=warmup), config, steps)
-    state = jax.jit(lambda: init_state(config, optimizer, jax.random.key(0)))()
-    step = make_train_step(optimizer, COMPUTE)
+    fresh, step = trainer(config, peak_lr, steps)
+    state = fresh()
     for _, batch in zip(range(steps), batches, strict=False):
         state, metrics = step(state, batch)
     return state.model, float(metrics.loss)
@@ -107,9 +114,7 @@ def test_a_markov_source_is_learnt_down_to_its_entropy_rate_and_not_below(chain)
 def test_without_a_learning_rate_nothing_moves(chain):
     P, rate = chain
     model, _ = train(CHAIN, 0.0, chains(P, 32, seed=1), 30)
-    fresh = jax.jit(
-        lambda: init_state(CHAIN, make_optimizer(OptimizerConfig(), CHAIN, 3000), jax.random.key(0)).model
-    )()
+    fresh = trainer(CHAIN, 0.0, 30)[0]().model
     jax.tree.map(np.testing.assert_array_equal, model, fresh)
     assert held_out_loss(model, P)[0] > 1.3 * rate
 

@@ -1,5 +1,7 @@
 """The training step: the mean over a batch's targets however it is split, and steps that must not count."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +23,14 @@ def model():
     return jax.device_get(jax.jit(lambda: init_state(MODEL, optax.identity(), jax.random.key(0)).model)())
 
 
+@cache
+def gradient_step(micro_batches):
+    return make_train_step(KEEP_GRADIENT, FP32, micro_batches=micro_batches)
+
+
 def gradient_of(model, batch, micro_batches=1):
-    step = make_train_step(KEEP_GRADIENT, FP32, micro_batches=micro_batches)
-    state, metrics = step(new_state(jax.tree.map(jnp.array, model), KEEP_GRADIENT), batch)
+    start = new_state(jax.tree.map(jnp.array, model), KEEP_GRADIENT)
+    state, metrics = gradient_step(micro_batches)(start, batch)
     return state.opt_state, metrics
 
 
