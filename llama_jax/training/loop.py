@@ -37,9 +37,9 @@ class LoopConfig:
     log_every: int = 10
     """Steps between two log lines."""
     eval_every: int = 1000
-    """Steps between two evaluations on the held-out documents; the last step always evaluates. 0: never."""
+    """Steps between two evaluations on the held-out documents, and after the last step. 0: never."""
     save_every: int = 1000
-    """Steps between two checkpoints; the last step always saves."""
+    """Steps between two checkpoints; the last step always saves. 0: only the last."""
     keep_last: int = 3
     """Newest checkpoints to keep."""
     keep_every: int = 0
@@ -100,8 +100,9 @@ def fit(
         with StopSignal() as stop:
             for step in range(start, total_steps):
                 profile(loop, folder, step - start)
-                with clock.waiting_for_data():
-                    local, cursor = next(batches)
+                asked = time.monotonic()
+                local, cursor = next(batches)
+                clock.waited += time.monotonic() - asked
                 state, metrics = train_step(state, to_devices(mesh, local, rows))
                 report()
                 pending = (step + 1, metrics)
@@ -113,7 +114,7 @@ def fit(
                     say(f"step {done} " + " ".join(f"{name} {value:.4f}" for name, value in scored.items()))
                     clock.restart(done)
                 stopped_by = stop.received(done)
-                if stopped_by or due(loop.save_every, done, total_steps):
+                if stopped_by or done == total_steps or due(loop.save_every, done, total_steps):
                     report()
                     pending = None
                     save(state, cursor)
@@ -160,7 +161,7 @@ def record(
     if not (done % loop.log_every == 0 or done == clock.total or m.skipped_in_row):
         return
     speed = clock.lap(done)
-    lr = float(schedule(done - 1))
+    lr = float(schedule(done - 1 - m.skipped))  # a skipped step does not advance the schedule
     values = {
         "train/loss": m.loss,
         "train/accuracy": m.accuracy,
@@ -184,9 +185,7 @@ def record(
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a log interval was: tokens a second, share of time waiting for data, share of peak FLOPs, seconds to
-    go.
-    """
+    """How fast a log interval was; MFU as a share of peak, none where the peak is unknown; `eta` in seconds."""
 
     tokens_per_s: float
     data_wait: float
@@ -205,18 +204,9 @@ class Clock:
     total: int
     last_time: float = dataclasses.field(default_factory=time.monotonic)
     waited: float = 0.0
+    """Seconds of this interval in which the loop waited for data."""
     steps_timed: int = 0
     seconds_timed: float = 0.0
-
-    def waiting_for_data(self) -> "Clock":
-        """A context in which time counts as waiting for data."""
-        return self
-
-    def __enter__(self) -> None:
-        self._entered = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.waited += time.monotonic() - self._entered
 
     def restart(self, step: int) -> None:
         """Begins an interval anew at this step."""

@@ -170,7 +170,7 @@ def poison(monkeypatch, bad_steps) -> None:
     monkeypatch.setattr(pretrain, "compile_step", compile_step)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe, tmp_path, monkeypatch):
+def test_a_step_that_is_not_finite_is_skipped_and_counted(finished, recipe, tmp_path, monkeypatch):
     poison(monkeypatch, {6, 9, 10})
     code, _, err = main(recipe, "--out", tmp_path / "run")
     assert code == 0
@@ -180,6 +180,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(recipe, tmp_path, monk
     assert [train[step]["train/skipped"] for step in (5, 6, 8, 9, 10, 20)] == [0, 1, 1, 2, 3, 3]
     assert "train/loss" not in train[6] and math.isfinite(train[20]["train/loss"])
     assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    undisturbed = {r["step"]: r for r in learned(finished[0]) if "train/lr" in r}
+    assert train[20]["train/lr"] == undisturbed[17]["train/lr"], "three steps were not taken"
 
 
 def test_three_steps_in_a_row_end_the_run_with_3_and_the_last_good_checkpoint(finished, recipe, tmp_path, monkeypatch):
