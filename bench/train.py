@@ -146,11 +146,12 @@ def worker(side: str, args: argparse.Namespace, pipe) -> None:
 def measure(args: argparse.Namespace) -> dict:
     """Starts every side, alternates their steps, and gives medians and ratios."""
     context = multiprocessing.get_context("spawn")
-    pipes, about, losses = {}, {}, {}
+    pipes, about, losses, processes = {}, {}, {}, []
     seconds, cpu_seconds = {side: [] for side in args.sides}, {side: [] for side in args.sides}
     for side in args.sides:
         pipes[side], end = context.Pipe()
-        context.Process(target=worker, args=(side, args, end), daemon=True).start()
+        processes.append(context.Process(target=worker, args=(side, args, end), daemon=True))
+        processes[-1].start()
         end.close()  # so that a worker that dies is an end of file here, not a silence
         about[side] = pipes[side].recv()
     for _ in range(args.steps):
@@ -161,6 +162,8 @@ def measure(args: argparse.Namespace) -> dict:
             cpu_seconds[side].append(cpu)
     for pipe in pipes.values():
         pipe.send("stop")
+    for process in processes:
+        process.join()
     config, tokens = SIZES[args.size], args.rows * args.length
     flops = 3 * tokens * (config.matmul_flops_per_token() + config.causal_attention_flops_per_token(args.length))
     peak = about.get("ours", {}).get("peak")
@@ -231,7 +234,7 @@ def main() -> None:
     )
     parser.add_argument("--remat", choices=("none", "dots", "attention", "full"), default="none", help="of our side")
     parser.add_argument(
-        "--loss-chunk", type=int, default=2048, help="tokens of a sequence whose logits we hold at once"
+        "--loss-chunk", type=int, default=64, help="tokens of a sequence whose logits we hold at once"
     )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

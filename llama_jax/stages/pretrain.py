@@ -200,11 +200,13 @@ def find_tokenizer(config: PretrainConfig) -> Tokenizer:
       UserError: it cannot be read or trained, or has another vocabulary than the model.
     """
     path = Path(config.tokenizer or Path(config.out) / FILE_NAME)
-    if not config.tokenizer and not path.exists() and jax.process_index() == 0:
-        say(f"training a tokenizer of {config.model.vocab_size} pieces on the training documents ...")
-        Tokenizer.train(training_documents(config.data), path, vocab_size=config.model.vocab_size)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tokenizer")
+    try:
+        if not config.tokenizer and not path.exists() and jax.process_index() == 0:
+            say(f"training a tokenizer of {config.model.vocab_size} pieces on the training documents ...")
+            Tokenizer.train(training_documents(config.data), path, vocab_size=config.model.vocab_size)
+    finally:  # also when it failed, so that the other processes find no tokenizer instead of waiting for one
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("tokenizer")
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
