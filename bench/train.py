@@ -233,9 +233,7 @@ def main() -> None:
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores each side may use on cpu"
     )
     parser.add_argument("--remat", choices=("none", "dots", "attention", "full"), default="none", help="of our side")
-    parser.add_argument(
-        "--loss-chunk", type=int, default=64, help="tokens of a sequence whose logits we hold at once"
-    )
+    parser.add_argument("--loss-chunk", type=int, default=64, help="tokens of a sequence whose logits we hold at once")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
