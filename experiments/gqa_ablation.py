@@ -1,4 +1,4 @@
-"""Multi-head, multi-query and grouped-query attention at equal parameters (paper A.2.1, Table 18), at toy scale.
+"""Multi-head, multi-query and grouped-query attention at nearly equal parameters (paper A.2.1, Table 18), at toy scale.
 
 Claim: with the feed-forward widened by 1.33 and 1.3 to make up for the smaller attention, the three end at nearly the
 same held-out loss, while the cache of keys and values shrinks by the number of heads that share one.
@@ -26,7 +26,7 @@ def variant(n_kv_heads: int, ffn_scale: float) -> pretrain.PretrainConfig:
 variants = {
     "MHA": variant(parent.model.n_heads, 1.0),
     "MQA": variant(1, 1.33),
-    "GQA": variant(parent.model.n_heads // 4, 1.3),
+    "GQA": variant(parent.model.n_heads // 3, 1.3),
 }
 config = variants["GQA"]
 

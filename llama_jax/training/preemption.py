@@ -17,7 +17,8 @@ class StopSignal:
         # With several processes JAX's own notifier holds SIGTERM and agrees on a step with the other hosts.
         signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
         for number in signals:
-            self._previous[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as behind nohup: who ignores it, wants it ignored
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,75 @@
+"""The recipes: every one loads, and the ablations run and print what their runs measured."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import context_ablation, gqa_ablation
+from llama_jax.recipes import load_recipe
+from llama_jax.stages.pretrain import PretrainConfig
+from llama_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS = 4 * 512
+
+
+def tiny(recipe: PretrainConfig) -> PretrainConfig:
+    """The recipe at a size that takes seconds, its ratios kept where an ablation is about them."""
+    m = recipe.model
+    model = replace(
+        m, dim=48, n_layers=1, head_dim=8, ffn_dim=m.ffn_dim // 4, vocab_size=300, context_length=m.context_length // 8
+    )
+    optimizer = replace(recipe.optimizer, warmup_steps=1)
+    return replace(recipe, model=model, batch_tokens=512, optimizer=optimizer, mesh="fsdp=-1")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "text.txt"
+    path.write_text((ROOT / "LICENSE").read_text() * 10)
+    return f"text:{path}"
+
+
+def table(text: str) -> list[list[str]]:
+    return [re.split(r" \| ", line.strip("| ")) for line in text.splitlines() if line.startswith("| ")][1:]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*.py")), ids=lambda path: path.stem)
+def test_every_recipe_loads_is_short_and_states_claim_and_command(path):
+    config = load_recipe(str(path), PretrainConfig)
+    assert config.total_steps > config.optimizer.warmup_steps and config.batch_tokens % config.length == 0
+    text = path.read_text()
+    assert len(text.splitlines()) <= 80
+    assert "Claim: " in text and "Command: " in text
+
+
+def test_gqa_ablation_prints_what_its_runs_measured(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gqa_ablation, "variants", {name: tiny(v) for name, v in gqa_ablation.variants.items()})
+    gqa_ablation.main(source, str(tmp_path), TOKENS)
+    rows = table(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["MHA", "MQA", "GQA"]
+    # Two arrays of two bytes, one layer, heads of eight numbers.
+    heads = [v.model.n_kv_heads for v in gqa_ablation.variants.values()]
+    assert [int(row[2]) for row in rows] == [2 * 2 * 8 * n for n in heads] and heads[1] == 1
+    for row in rows:
+        measured = [record for record in read_metrics(tmp_path / row[0]) if "eval/loss" in record][-1]
+        assert float(row[3]) == pytest.approx(measured["eval/loss"], abs=6e-4)
+
+
+def test_the_ablated_models_have_equal_parameters_within_five_percent():
+    sizes = [v.model.n_params for v in gqa_ablation.variants.values()]
+    assert max(sizes) / min(sizes) < 1.05
+
+
+def test_context_ablation_reads_both_models_in_both_lengths(source, tmp_path, monkeypatch, capsys):
+    short, long = context_ablation.SHORT // 8, context_ablation.LONG // 8
+    monkeypatch.setattr(context_ablation, "variants", {k // 8: tiny(v) for k, v in context_ablation.variants.items()})
+    monkeypatch.setattr(context_ablation, "SHORT", short)
+    monkeypatch.setattr(context_ablation, "LONG", long)
+    context_ablation.main(source, str(tmp_path), TOKENS)
+    rows = table(capsys.readouterr().out)
+    assert [(int(a), int(b)) for a, b, _ in rows] == [(short, short), (short, long), (long, short), (long, long)]
+    measured = [record for record in read_metrics(tmp_path / str(long)) if "eval/bits_per_byte" in record][-1]
+    assert float(rows[3][2]) == pytest.approx(measured["eval/bits_per_byte"], abs=6e-4)
