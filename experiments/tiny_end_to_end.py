@@ -23,9 +23,9 @@ config = PretrainConfig(
     ),
     data=DataConfig(held_out=0.02, eval_documents=50),
     train_tokens=1_200_000,
-    batch_tokens=16 * 256,
-    optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=30),
+    batch_tokens=8 * 256,
+    optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=60),
     compute=Compute(dtype="float32", remat="none", loss_chunk=64),
-    loop=LoopConfig(log_every=10, eval_every=100, save_every=100),
+    loop=LoopConfig(log_every=20, eval_every=200, save_every=200),
     out="runs/tiny",
 )

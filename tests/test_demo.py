@@ -13,9 +13,9 @@ from llama_jax.training.metrics import read_metrics
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The folder of a demo that was cut to ten steps, and what it printed."""
+    """The folder of a demo that was cut to 64 steps, and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "run"
-    command = ["demo", "--out", str(out), "--train-tokens", str(32 * 4096)]
+    command = ["demo", "--out", str(out), "--train-tokens", str(64 * 2048)]
     with pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr("builtins.print", lambda *words, **kwargs: printed.append((kwargs.get("file"), *words)))
@@ -34,9 +34,9 @@ def test_the_restored_checkpoint_scores_what_the_run_logged(demo):
     assert shown(folder)["llama_jax"] == pytest.approx(logged[-1], abs=6e-4)
 
 
-def test_ten_steps_already_beat_bytes_at_random_but_not_a_compressor(demo):
+def test_a_short_run_has_learnt_half_of_a_byte_but_not_as_much_as_xz(demo):
     bits = shown(demo[0])
-    assert bits["xz -9"] < bits["gzip -9"] < bits["llama_jax"] < 8
+    assert bits["xz -9"] < bits["llama_jax"] < 4 and bits["xz -9"] < bits["gzip -9"]
 
 
 def test_the_compressors_saw_the_held_out_bytes(demo):

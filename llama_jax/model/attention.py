@@ -197,8 +197,6 @@ def attend_with_cache(
       (B, T, N, H) in q's dtype.
     """
     S, T = cached_k_BSKH.shape[1], q_BTNH.shape[1]
-    if S == 0:  # a prompt: nothing but each other to attend to, and long enough to want a kernel
-        return causal_attention(q_BTNH, k_BTKH, v_BTKH)
     q_BTKGH = _group(q_BTNH, k_BTKH.shape[2])
     filled_BS = jnp.arange(S) < length_B[:, None]
     old = jnp.where(filled_BS[:, None, None, None], _scores(q_BTKGH, cached_k_BSKH), MASKED)
