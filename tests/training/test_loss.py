@@ -124,7 +124,8 @@ def test_bfloat16_inputs_are_summed_in_float32():
     x, targets, weights = x[:1, :1], targets[:1, :1], jnp.ones((1, 1))
     one = token_loss(x, head, targets, weights, 1)
     many = token_loss(jnp.repeat(x, n, 1), head, jnp.repeat(targets, n, 1), jnp.repeat(weights, n, 1), 16)
-    assert relative(many.nats, n * one.nats) < 1e-5
+    # The logits themselves are bfloat16 and may be rounded otherwise in a larger matmul; the sum must add nothing to that.
+    assert relative(many.nats, n * one.nats) < 2**-9
     gradient = lambda *a: jax.grad(lambda h: token_loss(a[0], h, *a[1:]).loss)(head).astype(jnp.float32)  # noqa: E731
     of_one = gradient(x, targets, weights, 1)
     of_many = gradient(jnp.repeat(x, n, 1), jnp.repeat(targets, n, 1), jnp.repeat(weights, n, 1), 16)
