@@ -17,7 +17,7 @@ class LossSums(NamedTuple):
     nats: jax.Array
     """Weighted sum of the cross-entropy alone, in nats."""
     correct: jax.Array
-    """Weighted number of tokens whose most likely prediction is right."""
+    """Weighted number of tokens that no other was predicted to be likelier than."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -76,14 +76,16 @@ def _forward(x_BTD, head_DV, targets_BT, weights_BT, chunk, z_loss, with_grads):
         # where, not multiplication by the weight: an infinity at a masked token must not become a NaN
         x_MD = jnp.where(weights_M[:, None] > 0, x_MD, 0)
         logits_MV = constrain(jnp.einsum("MD,DV->MV", x_MD, head_DV), "tokens", "vocab").astype(jnp.float32)
-        log_z_M = jax.nn.logsumexp(logits_MV, axis=-1)
+        top_M = logits_MV.max(axis=-1)
+        log_z_M = top_M + jnp.log(jnp.sum(jnp.exp(logits_MV - top_M[:, None]), axis=-1))
         hit_MV = jnp.arange(logits_MV.shape[-1]) == targets_M[:, None]
-        nats_M = log_z_M - jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1)
-        right_M = jnp.argmax(logits_MV, axis=-1) == targets_M
+        # A sum, not a lookup, which would gather a sharded vocabulary.
+        target_logit_M = jnp.sum(jnp.where(hit_MV, logits_MV, 0.0), axis=-1)
+        nats_M = log_z_M - target_logit_M
         sums = LossSums(
             sums.loss + jnp.sum(weights_M * (nats_M + z_loss * log_z_M**2)),
             sums.nats + jnp.sum(weights_M * nats_M),
-            sums.correct + jnp.sum(weights_M * right_M),
+            sums.correct + jnp.sum(weights_M * (target_logit_M == top_M)),
         )
         if not with_grads:
             return (sums, dhead_DV), None
