@@ -27,16 +27,6 @@ class Chip:
         """The peak of one jax device, in FLOP/s: what MFU divides by."""
         return self.peak_bf16_flops / self.devices
 
-    @property
-    def device_hbm_bytes(self) -> float:
-        """The memory of one jax device in bytes."""
-        return self.hbm_bytes / self.devices
-
-    @property
-    def device_hbm_bytes_per_s(self) -> float:
-        """The memory bandwidth of one jax device in bytes/s."""
-        return self.hbm_bytes_per_s / self.devices
-
 
 V4 = Chip("v4", 275e12, 32e9, 1.2e12)
 V5E = Chip("v5e", 197e12, 16e9, 0.82e12)

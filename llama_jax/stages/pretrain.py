@@ -120,7 +120,8 @@ def run(config: PretrainConfig) -> None:
     with jax.set_mesh(mesh):
         if config.dry_run:
             plan = compile_step(config, optimizer, mesh)[1]
-            print(json.dumps(plan, indent=2) if config.json else banner(config, plan))
+            recipe = json.dumps(plan["recipe"], indent=2)
+            print(json.dumps(plan, indent=2) if config.json else f"{banner(config, plan)}\nrecipe {recipe}")
             return
         folder = Path(config.out)
         make_folder(folder)

@@ -35,7 +35,7 @@ class LoopConfig:
     """How often a run logs, evaluates and saves. Counted in steps."""
 
     log_every: int = 10
-    """Steps between two log lines."""
+    """Steps between two log lines, and after the last step. 0: only steps that were skipped."""
     eval_every: int = 1000
     """Steps between two evaluations on the held-out documents, and after the last step. 0: never."""
     save_every: int = 1000
@@ -158,7 +158,7 @@ def record(
             f"loss or gradient was not finite in {m.skipped_in_row} steps in a row, up to step {done}. "
             "Lower --optimizer.peak-lr or look at the data, then start the same command again from the last checkpoint"
         )
-    if not (done % loop.log_every == 0 or done == clock.total or m.skipped_in_row):
+    if not (due(loop.log_every, done, clock.total) or m.skipped_in_row):
         return
     speed = clock.lap(done)
     lr = float(schedule(done - 1 - m.skipped))  # a skipped step does not advance the schedule

@@ -19,6 +19,7 @@ from llama_jax import cli
 from llama_jax.stages import pretrain
 from llama_jax.training import loop
 from llama_jax.training.checkpoint import load_model
+from llama_jax.training.metrics import read_metrics
 from tests.stages.runs import STEPS, assert_same_run, learned, newest, write_recipe
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -251,9 +252,16 @@ def test_a_dry_run_touches_nothing(finished, recipe, tmp_path):
         assert plan["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
         assert (plan["steps"], plan["sequences_per_batch"]) == (STEPS, 8)
         assert plan["bytes_per_device"]["state_and_batch"] > 3 * 4 * plan["parameters"] / 8
-    code, stdout, _ = main(recipe, "--out", tmp_path / "new", "--dry-run")
+    code, stdout, _ = main(recipe, "--out", tmp_path / "new", "--dry-run", "--optimizer.peak-lr", "2e-3")
     assert code == 0 and "parameters  " in stdout and "memory      " in stdout
+    assert json.loads(stdout.split("\nrecipe ")[1]) == plan["recipe"] | {"out": str(tmp_path / "new"), "json": False}
     assert (files_in(tmp_path), files_in(finished[0]), files_in(Path(recipe).parent)) == before
+
+
+def test_logging_every_zero_steps_logs_no_step_and_trains_the_same(finished, recipe, tmp_path):
+    assert main(recipe, "--out", tmp_path / "run", "--loop.log-every", 0)[0] == 0
+    assert not [record for record in read_metrics(tmp_path / "run") if "train/loss" in record]
+    assert newest(tmp_path / "run")["fingerprints"] == newest(finished[0])["fingerprints"]
 
 
 # Flags, and what the message must say: what was found, what was expected, and what to do.
