@@ -34,9 +34,9 @@ _PRESETS = (
 # Public name -> (module, name there).
 _PUBLIC = {name: ("llama_jax.config", name) for name in ("LlamaConfig", *_PRESETS)} | {
     "UserError": ("llama_jax.errors", "UserError"),
-    "Llama": ("llama_jax.model.transformer", "Llama"),
+    "Transformer": ("llama_jax.model.transformer", "Transformer"),
     "Tokenizer": ("llama_jax.text.tokenizer", "Tokenizer"),
-    "Engine": ("llama_jax.generation.engine", "Engine"),
+    "Llama": ("llama_jax.generation.llama", "Llama"),
     "PretrainConfig": ("llama_jax.stages.pretrain", "PretrainConfig"),
     "pretrain": ("llama_jax.stages.pretrain", "run"),
 }

@@ -10,7 +10,7 @@ from llama_jax.data.pipeline import held_out_documents
 from llama_jax.data.python_corpus import write_python_corpus
 from llama_jax.evaluation.compression import compressor_bits_per_byte
 from llama_jax.evaluation.report import write_report
-from llama_jax.generation.engine import Engine
+from llama_jax.generation.llama import Llama
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.recipes import load_recipe
 from llama_jax.stages import pretrain
@@ -55,7 +55,7 @@ def run(out: str, *, seed: int = 0, train_tokens: int = 0, dry_run: bool = False
         say(f"{name:>12}  {bits:.3f} bits per byte, held-out documents")
     model, tokenizer = load_model(folder)
     say(f"{PROMPTS[1]} ...")
-    for piece in Engine(model, tokenizer).stream(PROMPTS[1], max_new_tokens=60, temperature=0.6, top_p=0.9, seed=seed):
+    for piece in Llama(model, tokenizer).stream(PROMPTS[1], max_new_tokens=60, temperature=0.6, top_p=0.9, seed=seed):
         print(piece, end="", flush=True)
     print()
     say(f"report: {write_report(folder, scores)}; in all {format_duration(time.monotonic() - began)}")

@@ -81,7 +81,7 @@ Examples:
 
 
 def generate(argv: Sequence[str]) -> None:
-    """See llama_jax.generation.engine."""
+    """See llama_jax.generation.llama."""
 
     def run(
         checkpoint: Annotated[str, arg(metavar="CHECKPOINT")],
@@ -110,7 +110,7 @@ def generate(argv: Sequence[str]) -> None:
           top_k: Draw from this many likeliest tokens; 0 for all.
           seed: The same seed gives the same text.
         """
-        from llama_jax.generation.engine import Engine
+        from llama_jax.generation.llama import Llama
         from llama_jax.training.checkpoint import load_model
 
         settings = {
@@ -121,7 +121,7 @@ def generate(argv: Sequence[str]) -> None:
             "seed": seed,
         }
         model, trained_with = load_model(checkpoint)
-        for piece in Engine(model, trained_with).stream(prompt, **settings):
+        for piece in Llama(model, trained_with).stream(prompt, **settings):
             print(piece, end="", flush=True)
         if sys.stdout.isatty():
             print()  # keeps the shell's prompt off the last line; a pipe or a file gets the text alone

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Transformer
 from tests.parity.numpy_llama import hf_to_ours
 
 FOLDER = "stories260K_hf_fp16"
@@ -27,7 +27,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return {name: array(**entry) for name, entry in header.items()}
 
 
-def load_stories260k(shared: Path) -> Llama:
+def load_stories260k(shared: Path) -> Transformer:
     """The model in float32 (its file holds float16).
 
     Args:

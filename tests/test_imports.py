@@ -88,7 +88,7 @@ def test_no_second_framework(module):
     [
         ("llama_jax.config", "llama_jax.model.transformer"),
         ("llama_jax.text.tokenizer", "llama_jax.data.sources"),
-        ("llama_jax.training.step", "llama_jax.generation.engine"),
+        ("llama_jax.training.step", "llama_jax.generation.llama"),
         ("llama_jax.stages.sft", "llama_jax.stages.pretrain"),
         ("llama_jax.training.loop", "llama_jax.planning.plan"),
         ("llama_jax.recipes", "llama_jax.verbs"),

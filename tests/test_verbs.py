@@ -94,7 +94,7 @@ def test_generate_streams_the_text_and_nothing_else(capsys, monkeypatch):
         asked["checkpoint"] = checkpoint
         return "the model", "its tokenizer"
 
-    class Engine:
+    class Llama:
         def __init__(self, model, tokenizer):
             assert (model, tokenizer) == ("the model", "its tokenizer")
 
@@ -102,7 +102,7 @@ def test_generate_streams_the_text_and_nothing_else(capsys, monkeypatch):
             asked.update(settings, prompt=prompt)
             yield from (" there", " was", "\n", "\N{LLAMA}")
 
-    monkeypatch.setattr("llama_jax.generation.engine.Engine", Engine)
+    monkeypatch.setattr("llama_jax.generation.llama.Llama", Llama)
     monkeypatch.setattr("llama_jax.training.checkpoint.load_model", load_model)
     words = ["generate", "runs/x", "--temperature", "0", "--top-k", "5", "--seed", "3", "--", "--Once"]
     assert outcome(capsys, *words) == (0, " there was\n\N{LLAMA}", "")

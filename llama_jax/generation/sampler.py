@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.generation.cache import Cache, write
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import constrain
 
 NO_TOKEN = -1  # what a row draws after its end
@@ -121,7 +121,7 @@ def categorical(key_B: jax.Array, log_probs_BV: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, donate_argnames="cache")
-def prefill(model: Llama, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache) -> tuple[Cache, jax.Array]:
+def prefill(model: Transformer, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache) -> tuple[Cache, jax.Array]:
     """Reads the next piece of every row's prompt into the cache, which is donated.
 
     Args:
@@ -161,7 +161,7 @@ def begin(
 
 @partial(jax.jit, static_argnames="steps", donate_argnames="state")
 def decode(
-    model: Llama, state: Decoding, sampling: Sampling, eos_id: int, steps: int
+    model: Transformer, state: Decoding, sampling: Sampling, eos_id: int, steps: int
 ) -> tuple[Decoding, jax.Array, jax.Array]:
     """Draws up to `steps` further tokens per row in one dispatch; returns early once every row has ended.
 

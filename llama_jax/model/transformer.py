@@ -1,12 +1,10 @@
 """The Llama 2 transformer (paper 2.2): pre-norm RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
 A model is a value: a Flax module whose attributes are arrays, built once and never assigned to again, passed through
-  JAX's own transforms as any other
-pytree. Blocks are stacked on a leading layer axis and scanned, so compile time does not grow with depth. It departs
-from the reference code in two
-places: the rotary embedding pairs the two halves of a head instead of neighbours (no strided access on TPU; converters
-  permute), and head axes are
-kept apart (`wq_DNH`) instead of flattened.
+JAX's own transforms as any other pytree. Blocks are stacked on a leading layer axis and scanned, so compile time does
+not grow with depth. It departs from the reference code in two places: the rotary embedding pairs the two halves of a
+head instead of neighbours (no strided access on TPU; converters permute), and head axes are kept apart (`wq_DNH`)
+instead of flattened.
 """
 
 import zlib
@@ -38,7 +36,7 @@ class Param:
 
 
 class Block(nnx.Module):
-    """One transformer block; in a `Llama` every array carries a leading layer axis, which the scan takes off."""
+    """One transformer block; in a `Transformer` every array carries a leading layer axis, which the scan takes off."""
 
     def __init__(self, config: LlamaConfig, make: Callable[[Param], Any]):
         c, n = config, config.n_layers
@@ -82,7 +80,7 @@ class Block(nnx.Module):
         return constrain(x_BTD, "batch", "length", "act_embed")
 
 
-class Llama(nnx.Module):
+class Transformer(nnx.Module):
     """A Llama as an immutable pytree of arrays; `model(tokens_BT)` is a pure function of the model and the tokens."""
 
     def __init__(self, config: LlamaConfig, make: Callable[[Param], Any]):
@@ -195,7 +193,7 @@ class Llama(nnx.Module):
         logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.output_head().astype(x_BTD.dtype))
         return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
 
-    def cast(self, dtype: Any) -> "Llama":
+    def cast(self, dtype: Any) -> "Transformer":
         """The same model with every array in `dtype`; inside jit, before the layers are gathered, so that the gathers
         move the narrow type.
         """
@@ -275,12 +273,12 @@ def remat(block: Callable, policy: str) -> Callable:
     return jax.checkpoint(block, policy=policies[policy], prevent_cse=False)
 
 
-def describe(config: LlamaConfig) -> Llama:
+def describe(config: LlamaConfig) -> Transformer:
     """The model as a tree of `Param` declarations: what abstract shapes, shardings and initial values are made from."""
-    return Llama(config, lambda param: param)
+    return Transformer(config, lambda param: param)
 
 
-def abstract(config: LlamaConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Llama:
+def abstract(config: LlamaConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Transformer:
     """The model as shapes and dtypes alone, with shardings if a mesh is given: a 70B costs nothing."""
     return jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=None if mesh is None else sharding(mesh, *p.axes)),
@@ -288,12 +286,12 @@ def abstract(config: LlamaConfig, mesh: Mesh | None = None, dtype: Any = jnp.flo
     )
 
 
-def shardings(config: LlamaConfig, mesh: Mesh) -> Llama:
+def shardings(config: LlamaConfig, mesh: Mesh) -> Transformer:
     """The sharding of every parameter on `mesh`, as a tree of the model's shape."""
     return jax.tree.map(lambda p: sharding(mesh, *p.axes), describe(config))
 
 
-def init(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -> Llama:
+def init(config: LlamaConfig, key: jax.Array, dtype: Any = jnp.float32) -> Transformer:
     """Random initial weights; each parameter's values depend on the key and its own name only, not on the mesh or on
     the other parameters.
     """

@@ -21,7 +21,7 @@ from optax import GradientTransformation
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.data.pipeline import Cursor, DataConfig, make_batches, training_documents
 from llama_jax.errors import UserError
-from llama_jax.generation.engine import Engine
+from llama_jax.generation.llama import Llama
 from llama_jax.parallel import distributed
 from llama_jax.parallel.mesh import check_divides, format_mesh, make_mesh, mesh_sizes
 from llama_jax.text.tokenizer import FILE_NAME, Tokenizer
@@ -340,7 +340,7 @@ def write_samples(config: PretrainConfig, tokenizer: Tokenizer, state: TrainStat
     """Writes continuations of the recipe's prompts to samples/<step>.txt."""
     if not config.sample_prompts or jax.process_count() > 1:
         return  # Our choice: a run over several hosts is sampled from its checkpoints instead of stalling all of them
-    engine = Engine(state.model, tokenizer)
+    engine = Llama(state.model, tokenizer)
     completions = engine.generate(
         list(config.sample_prompts), seed=config.seed, max_new_tokens=min(100, config.length - 1)
     )

@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from llama_jax.config import llama_config_from_json
 from llama_jax.errors import UserError
 from llama_jax.model import transformer
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.step import TrainState
@@ -145,7 +145,7 @@ class Checkpoints:
         self._orbax.reload()
 
 
-def load_model(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Llama, Tokenizer]:
+def load_model(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Transformer, Tokenizer]:
     """Reads the parameters and the tokenizer of a checkpoint, for inference or as a beginning.
 
     Args:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from llama_jax.config import Compute
 from llama_jax.data.packing import Batch
 from llama_jax.data.pipeline import DataConfig, held_out_batches, held_out_bytes
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Transformer
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.batches import share_of_process, to_devices
 from llama_jax.training.step import batch_loss
@@ -17,7 +17,7 @@ from llama_jax.training.step import batch_loss
 
 def make_held_out_loss(
     data: DataConfig, tokenizer: Tokenizer, mesh: Mesh, compute: Compute, *, rows: int, length: int
-) -> Callable[[Llama], dict[str, float]]:
+) -> Callable[[Transformer], dict[str, float]]:
     """Builds the evaluation of a model on the held-out documents.
 
     Every token but BOS is predicted once, EOS included; a token's context begins where its row of `length` tokens does.
@@ -36,11 +36,11 @@ def make_held_out_loss(
     n_bytes = held_out_bytes(data, tokenizer)
 
     @jax.jit
-    def score(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def score(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
         weights_BT = batch.loss_mask_BT.astype("float32")
         return batch_loss(model, batch, weights_BT, compute).nats, batch.loss_mask_BT.sum()
 
-    def evaluate(model: Llama) -> dict[str, float]:
+    def evaluate(model: Transformer) -> dict[str, float]:
         nats = targets = 0.0
         share = share_of_process(mesh, rows)
         for batch in held_out_batches(data, tokenizer, rows=rows, length=length, **share):

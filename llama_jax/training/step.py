@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.data.packing import Batch
 from llama_jax.model import transformer
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import sharding
 from llama_jax.training.loss import LossSums, token_loss
 
@@ -23,7 +23,7 @@ class TrainState:
 
     step: jax.Array
     """int32, batches seen."""
-    model: Llama
+    model: Transformer
     """float32 master weights."""
     opt_state: optax.OptState
     """The optimizer's moments, laid out as the weights."""
@@ -53,7 +53,7 @@ def init_state(config: LlamaConfig, optimizer: optax.GradientTransformation, key
     return new_state(transformer.init(config, key), optimizer)
 
 
-def new_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
     """A state at step 0 around existing weights."""
     step, skipped, skipped_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: a step donates each
     return TrainState(step, model, optimizer.init(model), skipped, skipped_in_row)
@@ -87,7 +87,9 @@ def abstract_batch(mesh: Mesh, rows: int, length: int) -> Batch:
     return Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=layout))
 
 
-def batch_loss(model: Llama, batch: Batch, weights_BT: jax.Array, compute: Compute, z_loss: float = 0.0) -> LossSums:
+def batch_loss(
+    model: Transformer, batch: Batch, weights_BT: jax.Array, compute: Compute, z_loss: float = 0.0
+) -> LossSums:
     """Weighted loss sums of a batch; see `token_loss`."""
     x_BTD = model.hidden(
         batch.tokens_BT, positions_BT=batch.positions_BT, segment_ids_BT=batch.segment_ids_BT, compute=compute
@@ -120,14 +122,14 @@ def make_train_step(
       layout: shardings of the state on the ambient mesh, from `state_shardings`; none on a single device.
     """
 
-    def mean_gradients(model: Llama, batch: Batch) -> tuple[LossSums, Llama]:
+    def mean_gradients(model: Transformer, batch: Batch) -> tuple[LossSums, Transformer]:
         weights_BT = batch.loss_mask_BT / jnp.maximum(batch.loss_mask_BT.sum(), 1).astype(jnp.float32)
 
-        def loss(model: Llama, part: Batch, weights: jax.Array) -> tuple[jax.Array, LossSums]:
+        def loss(model: Transformer, part: Batch, weights: jax.Array) -> tuple[jax.Array, LossSums]:
             sums = batch_loss(model, part, weights, compute, z_loss)
             return sums.loss, sums
 
-        def gradients(part: Batch, weights: jax.Array) -> tuple[LossSums, Llama]:
+        def gradients(part: Batch, weights: jax.Array) -> tuple[LossSums, Transformer]:
             (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, part, weights)
             return sums, (grads if layout is None else jax.lax.with_sharding_constraint(grads, layout.model))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model.transformer import Llama, abstract
+from llama_jax.model.transformer import Transformer, abstract
 from llama_jax.text.tokenizer import Tokenizer
 from tests.parity.numpy_llama import random_weights, to_ours
 
@@ -20,7 +20,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def model(tokenizer) -> Llama:
+def model(tokenizer) -> Transformer:
     """Random weights of real strength: every token depends on all before it, and most distributions are broad."""
     config = LlamaConfig(
         dim=48,
@@ -36,10 +36,10 @@ def model(tokenizer) -> Llama:
 
 
 @pytest.fixture(scope="session")
-def speller(tokenizer) -> Callable[[list[int]], Llama]:
+def speller(tokenizer) -> Callable[[list[int]], Transformer]:
     """Makes a model that, after BOS, gives these ids in turn with near certainty (no id twice)."""
 
-    def make(ids: list[int]) -> Llama:
+    def make(ids: list[int]) -> Transformer:
         V = tokenizer.vocab_size
         config = LlamaConfig(
             dim=V, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=1, vocab_size=V, head_dim=2, context_length=96

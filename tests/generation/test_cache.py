@@ -15,7 +15,7 @@ from llama_jax.config import Compute, LlamaConfig
 from llama_jax.generation.cache import Cache, init_cache, write
 from llama_jax.generation.sampler import Decoding, Sampling, decode, prefill
 from llama_jax.model import transformer
-from llama_jax.model.transformer import Llama, abstract
+from llama_jax.model.transformer import Transformer, abstract
 from tests.parity.numpy_llama import random_weights, to_ours
 
 GQA = LlamaConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, ffn_dim=96, vocab_size=131, head_dim=12)
@@ -30,7 +30,7 @@ PIECES += [(sum(PIECES) + i < LENGTHS).astype(int) for i in range(13)]
 
 
 @cache
-def problem(config: LlamaConfig) -> tuple[Llama, np.ndarray, np.ndarray]:
+def problem(config: LlamaConfig) -> tuple[Transformer, np.ndarray, np.ndarray]:
     """A model whose every path carries signal, tokens, and the logits of the full forward pass."""
     model = to_ours(random_weights(config, seed=0), config)
     tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (len(LENGTHS), LENGTHS.max()))

@@ -7,7 +7,7 @@ import pytest
 
 from llama_jax.config import LlamaConfig
 from llama_jax.generation.cache import init_cache
-from llama_jax.generation.engine import Engine
+from llama_jax.generation.llama import Llama
 from llama_jax.generation.sampler import Decoding, Sampling, begin, decode, prefill
 from llama_jax.model.transformer import init
 
@@ -18,7 +18,7 @@ DEEP = LlamaConfig(
 
 def test_another_setting_or_prompt_compiles_nothing(model, tokenizer):
     """Whole numbers too, which would be traced as integers."""
-    engine = Engine(model, tokenizer)
+    engine = Llama(model, tokenizer)
 
     def programs() -> list[int]:
         return [step._cache_size() for step in (prefill, begin, decode)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import Compute
-from llama_jax.generation.engine import Engine
+from llama_jax.generation.llama import Llama
 from llama_jax.text.tokenizer import Tokenizer
 from tests.stories260k import FOLDER, load_stories260k
 
@@ -20,7 +20,7 @@ def model(shared):
 
 @pytest.fixture(scope="module")
 def engine(shared, model):
-    return Engine(model, Tokenizer.load(shared / FOLDER))
+    return Llama(model, Tokenizer.load(shared / FOLDER))
 
 
 def test_logits_are_those_of_the_float32_weights(shared, model):

@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.model import transformer
-from llama_jax.model.transformer import Llama, abstract, describe, init, rms_norm, rope_table, rotate, shardings
+from llama_jax.model.transformer import Transformer, abstract, describe, init, rms_norm, rope_table, rotate, shardings
 from llama_jax.parallel.mesh import make_mesh
 from tests.parity.numpy_llama import random_weights, to_ours
 
@@ -21,7 +21,7 @@ B, T = 2, 24
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama:
+def model() -> Transformer:
     """Weights that give every path signal."""
     return to_ours(random_weights(CONFIG, seed=3), CONFIG)
 
@@ -32,13 +32,13 @@ def tokens_BT() -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="compute")
-def logits(model: Llama, tokens_BT: jax.Array, compute: Compute = FP32, **packing: jax.Array) -> jax.Array:
+def logits(model: Transformer, tokens_BT: jax.Array, compute: Compute = FP32, **packing: jax.Array) -> jax.Array:
     return model(tokens_BT, compute=compute, **packing)
 
 
 @partial(jax.jit, static_argnames="compute")
-def loss_and_gradients(model: Llama, tokens_BT: jax.Array, compute: Compute) -> tuple[jax.Array, Llama]:
-    def loss(model: Llama) -> jax.Array:
+def loss_and_gradients(model: Transformer, tokens_BT: jax.Array, compute: Compute) -> tuple[jax.Array, Transformer]:
+    def loss(model: Transformer) -> jax.Array:
         return jnp.mean(jax.nn.logsumexp(model(tokens_BT, compute=compute), axis=-1))
 
     return jax.value_and_grad(loss)(model)
@@ -59,7 +59,7 @@ def test_no_logit_depends_on_a_later_token_and_each_depends_on_all_earlier_ones(
 
         def squares(x_BTD: jax.Array) -> jax.Array:
             with monkeypatch.context() as patch:
-                patch.setattr(Llama, "embed", lambda self, tokens_BT: x_BTD)
+                patch.setattr(Transformer, "embed", lambda self, tokens_BT: x_BTD)
                 return jnp.square(model(tokens_BT, compute=FP32)[0]).sum(-1)
 
         jacobian_TBSD = jax.jit(jax.jacrev(squares))(model.embed(tokens_BT))
@@ -101,7 +101,7 @@ def test_the_scan_over_layers_equals_a_loop_over_them(model, tokens_BT):
     """The loop reads one layer's weights at a time; a layer skipped, doubled or out of order shows."""
 
     @jax.jit
-    def loop(model: Llama, tokens_BT: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    def loop(model: Transformer, tokens_BT: jax.Array, order: tuple[int, ...]) -> jax.Array:
         rope = rope_table(CONFIG, jnp.broadcast_to(jnp.arange(T), (B, T)))
         x_BTD = model.embed(tokens_BT)
         for layer in order:
@@ -251,7 +251,7 @@ def test_a_model_is_a_value(model, tokens_BT):
     for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(np.asarray(a), b)
     doubled = jax.tree.map(lambda w: 2 * w, model)
-    assert isinstance(doubled, Llama) and doubled.config == model.config
+    assert isinstance(doubled, Transformer) and doubled.config == model.config
     assert not np.allclose(logits(doubled, tokens_BT), first)
     _, gradients = loss_and_gradients(model, tokens_BT, FP32)
     assert jax.tree.structure(gradients) == jax.tree.structure(model)

@@ -91,7 +91,7 @@ def test_loss_and_gradients_equal_one_device(mesh_text, on_one_device, capfd):
 
 
 def test_the_warning_of_a_layout_that_has_no_way_would_be_seen(capfd):
-    """An embedding gathered only after the lookup, which is what `Llama.embed` avoids."""
+    """An embedding gathered only after the lookup, which is what `Transformer.embed` avoids."""
     with jax.set_mesh(make_mesh("fsdp=2,context=2,tensor=2")):
 
         def lookup(table_VD, tokens_BT):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model.transformer import Llama, Param, describe
+from llama_jax.model.transformer import Param, Transformer, describe
 
 MUTANTS = (
     "rope not permuted",
@@ -196,7 +196,7 @@ def to_hf(weights: dict[str, np.ndarray], config: LlamaConfig) -> dict[str, np.n
     return result
 
 
-def hf_to_ours(state: dict[str, np.ndarray], config: LlamaConfig) -> Llama:
+def hf_to_ours(state: dict[str, np.ndarray], config: LlamaConfig) -> Transformer:
     """Hugging Face's names and layout to ours, float32; gradients map as weights do."""
     c = config
     D, N, K, H, F = c.dim, c.n_heads, c.n_kv_heads, c.head_dim, c.ffn_dim
@@ -234,6 +234,6 @@ def hf_to_ours(state: dict[str, np.ndarray], config: LlamaConfig) -> Llama:
     return jax.tree_util.tree_map_with_path(pick, describe(config))
 
 
-def to_ours(weights: dict[str, np.ndarray], config: LlamaConfig) -> Llama:
+def to_ours(weights: dict[str, np.ndarray], config: LlamaConfig) -> Transformer:
     """Meta's names and layout to ours, float32."""
     return hf_to_ours(to_hf(weights, config), config)

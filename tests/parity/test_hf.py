@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import Compute, llama_config_from_json
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Transformer
 from llama_jax.training.loss import token_loss
 from tests.parity.make_golden import CASES, GOLDEN, hf_run, inputs
 from tests.parity.numpy_llama import hf_to_ours, to_ours
@@ -45,7 +45,7 @@ def worst(got_BTV: np.ndarray, want_BTV: np.ndarray) -> float:
     return float(np.max(np.abs(got_BTV - want_BTV).max(-1) / np.abs(want_BTV).max(-1)))
 
 
-def ours(model: Llama, tokens: np.ndarray) -> tuple[np.ndarray, float, Llama]:
+def ours(model: Transformer, tokens: np.ndarray) -> tuple[np.ndarray, float, Transformer]:
     """Logits, mean cross-entropy and its gradient, as `hf_run` gives them; the loss is the trainer's own."""
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""The engine: batches, streams, ends and errors."""
+"""`Llama`: batches, streams, ends and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import pytest
 
 from llama_jax.config import Compute
 from llama_jax.errors import UserError
-from llama_jax.generation import engine as engine_module
-from llama_jax.generation.engine import Engine
+from llama_jax.generation import llama as llama_module
+from llama_jax.generation.llama import Llama
 from llama_jax.generation.sampler import Sampling, log_probs
 from llama_jax.model.transformer import shardings
 from llama_jax.parallel.mesh import make_mesh
@@ -18,8 +18,8 @@ WARM = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 40}
 
 
 @pytest.fixture(scope="module")
-def engine(model, tokenizer) -> Engine:
-    return Engine(model, tokenizer)
+def engine(model, tokenizer) -> Llama:
+    return Llama(model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +80,14 @@ def test_draws_of_one_row_are_independent(engine, speller, tokenizer):
     """A model whose distribution is the same at every step must not repeat one draw: the key advances."""
     flat = speller([tokenizer.eos_id])
     flat = jax.tree.map(jnp.zeros_like, flat)
-    ids = Engine(flat, tokenizer).generate([""], temperature=1.0, top_p=1.0, max_new_tokens=60, seed=3)[0].ids
+    ids = Llama(flat, tokenizer).generate([""], temperature=1.0, top_p=1.0, max_new_tokens=60, seed=3)[0].ids
     assert len(set(ids)) > 40
 
 
 @pytest.mark.parametrize(("name", "size"), [("DECODE_CHUNK", 1), ("DECODE_CHUNK", 7), ("PREFILL_CHUNK", 4)])
 def test_the_size_of_a_dispatch_changes_nothing(engine, monkeypatch, name: str, size: int):
     before = engine.generate(PROMPTS, seed=4, **WARM)
-    monkeypatch.setattr(engine_module, name, size)
+    monkeypatch.setattr(llama_module, name, size)
     after = engine.generate(PROMPTS, seed=4, **WARM)
     assert [c.ids for c in after] == [c.ids for c in before]
 
@@ -105,15 +105,15 @@ def test_characters_are_never_split(speller, tokenizer):
     ids = [i for i in tokenizer.encode(text, bos=False) if tokenizer.decode([i]) not in (" ", "")]
     assert len(ids) == 9  # four, two and three bytes
     model = speller([*ids, tokenizer.eos_id])
-    assert list(Engine(model, tokenizer).stream("", temperature=0)) == list(text)
-    cut = Engine(model, tokenizer).generate([""], temperature=0, max_new_tokens=6 - 1)[0]
+    assert list(Llama(model, tokenizer).stream("", temperature=0)) == list(text)
+    cut = Llama(model, tokenizer).generate([""], temperature=0, max_new_tokens=6 - 1)[0]
     assert (cut.text, len(cut.ids), cut.finish_reason) == ("\N{LLAMA}\ufffd", 5, "length")
-    assert list(Engine(model, tokenizer).stream("", temperature=0, max_new_tokens=5)) == ["\N{LLAMA}", "\ufffd"]
+    assert list(Llama(model, tokenizer).stream("", temperature=0, max_new_tokens=5)) == ["\N{LLAMA}", "\ufffd"]
 
 
 def test_eos_ends_and_is_trimmed(speller, tokenizer):
     ids = tokenizer.encode("who sat", bos=False)
-    engine = Engine(speller([*ids, tokenizer.eos_id]), tokenizer)
+    engine = Llama(speller([*ids, tokenizer.eos_id]), tokenizer)
     done = engine.generate([""], temperature=0)[0]
     assert (done.text, done.ids, done.finish_reason) == ("who sat", ids, "eos") and len(done.log_probs) == len(ids)
     assert "".join(engine.stream("", temperature=0)) == "who sat"
@@ -127,7 +127,7 @@ def test_eos_ends_and_is_trimmed(speller, tokenizer):
 
 def test_a_continuation_keeps_its_leading_space(speller, tokenizer):
     ids = tokenizer.encode("the cat", bos=False)
-    engine = Engine(speller([*ids, tokenizer.eos_id]), tokenizer)
+    engine = Llama(speller([*ids, tokenizer.eos_id]), tokenizer)
     assert engine.generate([""], temperature=0)[0].text == "the cat"
     split = next(i for i in range(1, len(ids)) if tokenizer.decode(ids[:i]) == "the")
     assert engine.generate([ids[:split]], temperature=0)[0].text == " cat"
@@ -193,24 +193,24 @@ def test_bad_prompts_are_refused(engine, model, tokenizer, tmp_path):
         engine.generate(["the"], seed=[1, 2])
     other = type(tokenizer).train(["some other text of few words"] * 4, tmp_path / "t.model", vocab_size=275)
     with pytest.raises(UserError, match="model has 304 tokens and the tokenizer 275"):
-        Engine(model, other)
+        Llama(model, other)
 
 
 @pytest.mark.parametrize("layout", ["data=2,fsdp=2,tensor=2", "context=2,tensor=2,data=2"])
 def test_a_mesh_changes_nothing(model, tokenizer, layout: str):
     """Three prompts, which do not divide over these meshes."""
     sharded = jax.device_put(model, shardings(model.config, make_mesh(layout)))
-    alone = Engine(model, tokenizer).generate(PROMPTS[:3], seed=9, **WARM)
-    meshed = Engine(sharded, tokenizer).generate(PROMPTS[:3], seed=9, **WARM)
+    alone = Llama(model, tokenizer).generate(PROMPTS[:3], seed=9, **WARM)
+    meshed = Llama(sharded, tokenizer).generate(PROMPTS[:3], seed=9, **WARM)
     assert [c.ids for c in meshed] == [c.ids for c in alone]
     for a, b in zip(meshed, alone, strict=True):
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
     with jax.set_mesh(make_mesh(layout)):  # as in a training loop
-        assert "".join(Engine(sharded, tokenizer).stream(PROMPTS[0], seed=9, **WARM)) == meshed[0].text
+        assert "".join(Llama(sharded, tokenizer).stream(PROMPTS[0], seed=9, **WARM)) == meshed[0].text
 
 
 def test_weights_are_cast_once(model, tokenizer):
-    assert Engine(model, tokenizer).model is model
-    half = Engine(model, tokenizer, jnp.bfloat16)
+    assert Llama(model, tokenizer).model is model
+    half = Llama(model, tokenizer, jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.model)} == {jnp.dtype(jnp.bfloat16)}
     assert len(half.generate([""], temperature=0, max_new_tokens=8)[0].ids) == 8

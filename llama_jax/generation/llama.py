@@ -1,4 +1,4 @@
-"""The engine: a model and its tokenizer, prompts in, text out, as a batch or as a stream (paper 3.1's generation settings are the reference's).
+"""A model and its tokenizer, prompts in, text out, as a batch or as a stream (paper 3.1's generation settings are the reference's).
 
 Prompts of unequal length are padded on the right and share one program; lengths are rounded up to a few sizes, so that few programs are compiled.
 What a row gives depends on its own prompt and seed only. Our choice: a prompt is read 512 tokens at a time, so that the scores of a long one never
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from llama_jax.errors import UserError
 from llama_jax.generation.cache import Cache, init_cache
 from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import ways
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -40,10 +40,10 @@ class Completion:
     """Whether the model ended the text, or max_new_tokens or the context did."""
 
 
-class Engine:
+class Llama:
     """Generates text with one model; its weights are cast once, here, to the precision they compute in."""
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer, compute_dtype: Any = None):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, compute_dtype: Any = None):
         """Takes a model where it lies: on one device, or sharded over a mesh.
 
         Args:
