@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.model.attention import attend_with_cache, causal_attention
+from llama_jax.model.quantize import Int8, int8_einsum
 from llama_jax.parallel.mesh import constrain, sharding, ways
 
 
@@ -184,32 +185,39 @@ class Transformer(nnx.Module):
         table_VD = constrain(self.embedding_VD, "vocab", "act_embed")
         return constrain(table_VD[tokens_BT], "batch", "length", "act_embed")
 
-    def output_head(self) -> jax.Array:
+    def output_head(self) -> jax.Array | Int8:
         """The head (D, V): its own matrix, or the transposed embedding where the configuration ties them."""
         return self.embedding_VD.T if self.config.tie_embeddings else self.head_DV
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits (B, T, V) of normed hidden states: the matmul in the hidden states' dtype, the result in float32."""
-        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.output_head().astype(x_BTD.dtype))
+        head_DV = self.output_head()
+        if isinstance(head_DV, Int8):
+            logits_BTV = int8_einsum("BTD,DV->BTV", x_BTD, head_DV)
+        else:
+            logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV.astype(x_BTD.dtype))
         return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
 
     def cast(self, dtype: Any) -> "Transformer":
-        """The same model with every array in `dtype`; inside jit, before the layers are gathered, so that the gathers
-        move the narrow type.
+        """The same model with every array in `dtype`, quantised weights aside; inside jit, before the layers are
+        gathered, so that the gathers move the narrow type.
         """
-        return jax.tree.map(lambda w: w.astype(dtype), self)
+        return jax.tree.map(
+            lambda w: w if isinstance(w, Int8) else w.astype(dtype), self, is_leaf=lambda w: isinstance(w, Int8)
+        )
 
 
-def per_token(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`jnp.einsum(spec, x, weight)` for an x whose first axes are B and T and a weight that has neither.
+def per_token(spec: str, x: jax.Array, weight: jax.Array | Int8) -> jax.Array:
+    """`jnp.einsum(spec, x, weight)` for an x whose first axes are B and T and a weight that has neither, quantised or not.
 
     Where a sequence is not split over devices, the two axes are joined for the matmul: the weight's gradient then sums
     over one axis, while for a sum over two XLA on CPU copies the activations into another order.
     """
+    einsum = int8_einsum if isinstance(weight, Int8) else jnp.einsum
     if ways("length") > 1:
-        return jnp.einsum(spec, x, weight)
+        return einsum(spec, x, weight).astype(x.dtype)
     B, T = x.shape[:2]
-    out = jnp.einsum(spec.replace("B", ""), x.reshape(B * T, *x.shape[2:]), weight)
+    out = einsum(spec.replace("B", ""), x.reshape(B * T, *x.shape[2:]), weight).astype(x.dtype)
     return out.reshape(B, T, *out.shape[1:])
 
 
