@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from llama_jax.errors import UserError
 from llama_jax.generation.cache import Cache, init_cache
 from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill
+from llama_jax.generation.scoring import Score, rounded_up, score_tokens
 from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import ways
 from llama_jax.text.tokenizer import Tokenizer
@@ -129,6 +130,58 @@ class Llama:
         tokens_BT, log_probs_BT = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
         return [self._completion(*row) for row in zip(rows, tokens_BT, log_probs_BT, strict=True)]
 
+    def logprobs(self, texts: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
+        """The log-probability, in nats, of each token of each text after its first, given those before it.
+
+        Args:
+          texts: texts, or token ids; each begins with BOS, as in `generate`, so that a text of n tokens beside BOS has n log-probabilities.
+
+        Returns:
+          a float32 array (n,) per text. It does not depend on the other texts.
+
+        Raises:
+          UserError: a text longer than the context (its last token, which is only predicted, is not counted), or an id that is no token.
+        """
+        rows = [self._ids(text, name="text", beyond=1) for text in texts]
+        with self._on_mesh():
+            return [log_probs for log_probs, _ in score_tokens(self.model, rows)]
+
+    def score(self, pairs: Sequence[tuple[str, str] | tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+        """How likely each continuation is after its prompt, as a harness asks that ranks answers.
+
+        Texts are joined and encoded together, because a text's pieces depend on what follows: the continuation's tokens are those of prompt and
+        continuation behind as many as the prompt has alone (a token that reaches over the border is the prompt's). White space at the end of a prompt
+        is counted to the continuation, since a word's piece begins with its space.
+
+        Args:
+          pairs: prompt and continuation, both as text or both as token ids, which are only joined; the prompt begins with BOS, as in `generate`.
+
+        Returns:
+          per pair the sum of log-probabilities, the number of tokens, and whether greedy decoding would give them.
+
+        Raises:
+          UserError: a pair longer than the context, or an id that is no token. Nothing is cut.
+        """
+        rows, starts = zip(*map(self._pair_ids, pairs), strict=True) if pairs else ((), ())
+        with self._on_mesh():
+            scored = score_tokens(self.model, rows)
+        scores = []
+        for start, (log_probs, is_greedy) in zip(starts, scored, strict=True):
+            parts = log_probs[start - 1 :], is_greedy[start - 1 :]
+            scores.append(Score(float(parts[0].sum(dtype=np.float64)), len(parts[0]), bool(parts[1].all())))
+        return scores
+
+    def _pair_ids(self, pair: tuple) -> tuple[list[int], int]:
+        """The tokens of prompt and continuation together, and where the continuation's begin."""
+        prompt, continuation = pair
+        if isinstance(prompt, str) != isinstance(continuation, str):
+            raise UserError("a prompt and its continuation are of two kinds; give both as text or both as token ids")
+        if isinstance(prompt, str):
+            kept = prompt.rstrip()
+            return self._ids(prompt + continuation, name="text", beyond=1), len(self._ids(kept, name="prompt"))
+        before = self._ids(prompt, name="prompt")
+        return self._ids([*before, *continuation], name="text", beyond=1), len(before)
+
     def _completion(self, prompt: list[int], tokens_T: np.ndarray, log_probs_T: np.ndarray) -> Completion:
         ids = tokens_T[tokens_T != NO_TOKEN].tolist()
         ended = bool(ids) and ids[-1] == self.tokenizer.eos_id
@@ -137,17 +190,17 @@ class Llama:
         text = "".join(map(decoder.push, ids)) + decoder.finish()
         return Completion(text, ids, log_probs_T[: len(ids)].tolist(), "eos" if ended else "length")
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """The prompt's tokens, BOS first. Raises UserError if they do not fit the context or the vocabulary."""
+    def _ids(self, prompt: str | Sequence[int], *, name: str = "prompt", beyond: int = 0) -> list[int]:
+        """The prompt's tokens, BOS first. Raises UserError if they do not fit the vocabulary, or the context and `beyond` tokens more."""
         bos, context = self.tokenizer.bos_id, self.model.config.context_length
         ids = self.tokenizer.encode(prompt, bos=False) if isinstance(prompt, str) else [int(i) for i in prompt]
         if outside := [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]:
             raise UserError(
-                f"prompt token {outside[0]} is outside the vocabulary, 0 to {self.tokenizer.vocab_size - 1}"
+                f"{name} token {outside[0]} is outside the vocabulary, 0 to {self.tokenizer.vocab_size - 1}"
             )
         ids = ids if ids[:1] == [bos] else [bos, *ids]
-        if len(ids) > context:
-            raise UserError(f"the prompt has {len(ids)} tokens and the model's context {context}; shorten the prompt")
+        if len(ids) > context + beyond:
+            raise UserError(f"the {name} has {len(ids)} tokens and the model's context {context}; shorten the {name}")
         return ids
 
     def _budget(self, prompt: list[int], max_new_tokens: int) -> int:
@@ -191,8 +244,8 @@ class Llama:
     def _read(self, prompts: list[list[int]], room: int) -> tuple[Cache, jax.Array]:
         """The prompts in a cache with `room` slots or more, and the logits behind each prompt's last token."""
         longest = max(map(len, prompts))
-        T = min(_rounded_up(longest, least=16), PREFILL_CHUNK)
-        slots = min(_rounded_up(room, least=64), self.model.config.context_length)
+        T = min(rounded_up(longest, least=16), PREFILL_CHUNK)
+        slots = min(rounded_up(room, least=64), self.model.config.context_length)
         cache = init_cache(self.model.config, len(prompts), slots, self.dtype)
         logits_BV = None
         for start in range(0, longest, T):
@@ -222,11 +275,6 @@ def _seeds(seed: int | Sequence[int], rows: int, spare: int) -> tuple[np.ndarray
         raise UserError(f"{len(seed)} seeds for {rows} prompts; expected one for all or one for each")
     low_bits = [s & 0xFFFFFFFF for s in [*seeds, *[0] * spare]]
     return np.array(low_bits, np.uint32), np.array([*numbers, *[0] * spare], np.uint32)
-
-
-def _rounded_up(n: int, least: int) -> int:
-    """The next power of two, so that few shapes are compiled."""
-    return max(least, 1 << (n - 1).bit_length())
 
 
 def _checked(sampling: Sampling) -> Sampling:
