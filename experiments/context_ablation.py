@@ -12,9 +12,9 @@ import jax
 import tyro
 
 from experiments.tiny_end_to_end import config as parent
+from llama_jax.conversion.load import load_model
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.stages import pretrain
-from llama_jax.training.checkpoint import load_model
 from llama_jax.training.held_out import make_held_out_loss
 
 LONG = parent.model.context_length

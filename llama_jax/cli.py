@@ -22,6 +22,8 @@ VERBS = {
     "tokenize": "turn text into token shards once, for corpora that are read often",
     "pretrain": "train a model from a recipe; any field can be overridden",
     "generate": "continue a text with a trained model",
+    "convert": "weights between Hugging Face, Meta, llama2.c and our own form, exactly",
+    "verify": "whether two checkpoints of any form are the same model",
     "demo": "the whole pipeline in minutes on a laptop, from raw text to samples",
 }
 

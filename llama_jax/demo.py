@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from llama_jax.conversion.load import load_model
 from llama_jax.data.pipeline import held_out_documents
 from llama_jax.data.python_corpus import write_python_corpus
 from llama_jax.evaluation.compression import compressor_bits_per_byte
@@ -15,7 +16,6 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.recipes import load_recipe
 from llama_jax.stages import pretrain
 from llama_jax.stages.pretrain import PretrainConfig
-from llama_jax.training.checkpoint import load_model
 from llama_jax.training.held_out import make_held_out_loss
 from llama_jax.training.metrics import format_duration, say
 

@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import arg
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 Json = Annotated[bool, arg(name="json")]
+Form = Literal["hf", "meta", "ours", "llama2c"]
 # A field that is a dataclass or None keeps what the recipe chose, instead of becoming a subcommand.
 _PLAIN = (tyro.conf.AvoidSubcommands,)
 Sources = Annotated[tuple[str, ...], arg(metavar="SOURCE...")]
@@ -110,8 +111,8 @@ def generate(argv: Sequence[str]) -> None:
           top_k: Draw from this many likeliest tokens; 0 for all.
           seed: The same seed gives the same text.
         """
+        from llama_jax.conversion.load import load_model
         from llama_jax.generation.llama import Llama
-        from llama_jax.training.checkpoint import load_model
 
         settings = {
             "max_new_tokens": max_new_tokens,
@@ -127,6 +128,109 @@ def generate(argv: Sequence[str]) -> None:
             print()  # keeps the shell's prompt off the last line; a pipe or a file gets the text alone
 
     _call(run, "generate", argv)
+
+
+def convert(argv: Sequence[str]) -> None:
+    """See llama_jax.conversion.convert."""
+
+    def run(
+        src: Annotated[str, arg(metavar="SRC")],
+        dst: Annotated[str, arg(metavar="DST")],
+        /,
+        *,
+        to: Form,
+        form: Annotated[Form | None, arg(name="from")] = None,
+        dtype: Literal["float16", "bfloat16", "float32"] | None = None,
+        shards: int = 1,
+        llama2c_version: Literal[0, 1] = 1,
+        tokenizer: str | None = None,
+        norm_eps: float | None = None,
+        context_length: int | None = None,
+        fold_kv_heads: int | None = None,
+        dry_run: bool = False,
+        as_json: Json = False,
+    ) -> None:
+        """Convert a checkpoint between Hugging Face, Meta, llama2.c and our own form, exactly and in bounded memory.
+
+        Every name, shape and dtype is checked before anything is written; DST appears whole or not at all.
+
+        Examples:
+          llama-jax convert Llama-2-7b-hf llama2-7b --to ours
+          llama-jax convert runs/books books-hf --to hf --dtype bfloat16
+          llama-jax convert llama-2-70b llama2-70b-hf --to hf --from meta
+          llama-jax convert books-hf books-meta --to meta --shards 2
+
+        Args:
+          src: A run or one of its checkpoints, a Hugging Face or Meta folder, or a llama2.c file.
+          dst: The folder to write; it must not exist yet.
+          to: The form to write.
+          form: The form of SRC; recognised if not given.
+          dtype: Cast the weights; as stored if not given.
+          shards: Files of a Meta folder, as model parallelism splits the weights.
+          llama2c_version: Version of the llama2.c file.
+          tokenizer: A tokenizer.model to write instead of the one beside the weights.
+          norm_eps: The epsilon of every RMSNorm, where the file has it wrong.
+          context_length: Tokens the model was trained on, where the file does not say.
+          fold_kv_heads: Fold key/value heads that are stored repeated back to so many.
+          dry_run: Check SRC, say what it is, and touch nothing.
+          as_json: Print what was done as JSON.
+        """
+        from llama_jax.conversion import convert as conversion
+        from llama_jax.conversion.source import Overrides
+
+        overrides = Overrides(norm_eps, context_length, fold_kv_heads)
+        output = conversion.Output(shards, llama2c_version, dtype, tokenizer)
+        action = conversion.plan if dry_run else conversion.convert
+        report = action(src, dst, to, form=form, output=output, overrides=overrides)
+        print(json.dumps(report) if as_json else conversion.summary(report))
+
+    _call(run, "convert", argv)
+
+
+def verify(argv: Sequence[str]) -> None:
+    """See llama_jax.conversion.verify."""
+
+    def run(
+        a: Annotated[str, arg(metavar="A")],
+        b: Annotated[str, arg(metavar="B")],
+        /,
+        *,
+        prompt: str | None = None,
+        tolerance: float = 1e-5,
+        against_torch: bool = False,
+        int8: bool = False,
+        seed: int = 0,
+        as_json: Json = False,
+    ) -> None:
+        """Compare two checkpoints of any form: weight by weight, and by their logits.
+
+        Exits with 2 if they are further apart than the tolerance.
+
+        Examples:
+          llama-jax verify Llama-2-7b-hf llama2-7b
+          llama-jax verify llama2-7b Llama-2-7b-hf --against-torch --prompt "The capital of France is" --tolerance 1e-4
+          llama-jax verify llama2-7b llama2-7b --int8 --tolerance 0.1
+
+        Args:
+          a: The first checkpoint.
+          b: The second.
+          prompt: Compare the logits of this text; of random tokens if not given.
+          tolerance: The largest relative difference of weights (root mean square) and of logits (largest) that passes.
+          against_torch: Compute B's logits with Hugging Face transformers in PyTorch, in a process of its own.
+          int8: Quantise A's matrices first, to see what that costs.
+          seed: Of the random tokens.
+          as_json: Print JSON.
+        """
+        import dataclasses
+
+        from llama_jax.conversion import verify as verification
+
+        verdict = verification.verify(a, b, prompt=prompt, against_torch=against_torch, int8=int8, seed=seed)
+        print(json.dumps(dataclasses.asdict(verdict)) if as_json else verification.as_text(verdict))
+        if not verdict.within(tolerance):
+            raise UserError(f"{a} and {b} differ by more than {tolerance:g}; --tolerance allows more")
+
+    _call(run, "verify", argv)
 
 
 def tokenize(argv: Sequence[str]) -> None:

@@ -103,7 +103,7 @@ def test_generate_streams_the_text_and_nothing_else(capsys, monkeypatch):
             yield from (" there", " was", "\n", "\N{LLAMA}")
 
     monkeypatch.setattr("llama_jax.generation.llama.Llama", Llama)
-    monkeypatch.setattr("llama_jax.training.checkpoint.load_model", load_model)
+    monkeypatch.setattr("llama_jax.conversion.load.load_model", load_model)
     words = ["generate", "runs/x", "--temperature", "0", "--top-k", "5", "--seed", "3", "--", "--Once"]
     assert outcome(capsys, *words) == (0, " there was\n\N{LLAMA}", "")
     assert asked == {

@@ -8,19 +8,23 @@ exist at once.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
+from llama_jax.conversion.convert import Form
+from llama_jax.conversion.load import load_model
+from llama_jax.conversion.source import Overrides
 from llama_jax.errors import UserError
 from llama_jax.generation.cache import Cache, init_cache
 from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill
 from llama_jax.generation.scoring import Score, rounded_up, score_tokens
 from llama_jax.model.transformer import Transformer
-from llama_jax.parallel.mesh import ways
+from llama_jax.parallel.mesh import make_mesh, ways
 from llama_jax.text.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens read per dispatch
@@ -63,9 +67,39 @@ class Llama:
         layout = model.embedding_VD.sharding
         self._mesh = layout.mesh if isinstance(layout, NamedSharding) else None
         platform = next(iter(layout.device_set)).platform
-        self.dtype = jnp.dtype(compute_dtype or (jnp.float32 if platform == "cpu" else jnp.bfloat16))
+        self.dtype = jnp.dtype(compute_dtype or _fast_dtype(platform))
         self.model = model if model.embedding_VD.dtype == self.dtype else jax.jit(lambda m: m.cast(self.dtype))(model)
         self.tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        mesh: Mesh | str | None = None,
+        dtype: Any = None,
+        int8: bool = False,
+        form: Form | None = None,
+        overrides: Overrides = Overrides(),
+    ) -> "Llama":
+        """Reads a checkpoint of any form, ready to speak.
+
+        Args:
+          path: a run or one of its checkpoints, a Hugging Face or Meta folder, or a llama2.c file.
+          mesh: where it lies: a mesh, or its description, such as "auto" or "fsdp=4,tensor=2"; one device if none.
+          dtype: of weights, cache and matmuls; if none, float32 on a CPU and bfloat16 elsewhere.
+          int8: keep the matrices in 8 bits, half the memory of bfloat16; what that changes is printed.
+          form: hf, meta, ours or llama2c; recognised if none.
+          overrides: what the files leave out or have wrong.
+
+        Raises:
+          UserError: it is not a whole checkpoint, or has no tokenizer.model.
+        """
+        mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+        platform = (jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]).platform
+        dtype = jnp.dtype(dtype or _fast_dtype(platform))
+        model, tokenizer = load_model(path, mesh, dtype, int8=int8, form=form, overrides=overrides)
+        return cls(model, tokenizer, dtype)
 
     def stream(
         self,
@@ -258,6 +292,10 @@ class Llama:
 
     def _on_mesh(self) -> AbstractContextManager:
         return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+def _fast_dtype(platform: str) -> Any:
+    return jnp.float32 if platform == "cpu" else jnp.bfloat16
 
 
 @jax.jit

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from optax import GradientTransformation
 
 from llama_jax.config import Compute, LlamaConfig
+from llama_jax.conversion.load import load_model
 from llama_jax.data.pipeline import Cursor, DataConfig, make_batches, training_documents
 from llama_jax.errors import UserError
 from llama_jax.generation.llama import Llama
@@ -27,7 +28,7 @@ from llama_jax.parallel.mesh import check_divides, format_mesh, make_mesh, mesh_
 from llama_jax.text.tokenizer import FILE_NAME, Tokenizer
 from llama_jax.training import step as steps
 from llama_jax.training.batches import share_of_process
-from llama_jax.training.checkpoint import Checkpoints, load_model
+from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.held_out import make_held_out_loss
 from llama_jax.training.loop import LoopConfig, fit
 from llama_jax.training.metrics import device_memory, format_count, say

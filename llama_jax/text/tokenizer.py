@@ -151,6 +151,11 @@ class Tokenizer:
             self._check(i)
         return self._processor.decode(ids)
 
+    def pieces(self) -> list[tuple[str, float]]:
+        """Every piece with its score, in the order of ids; "\u2581" stands for a space."""
+        p = self._processor
+        return [(p.id_to_piece(i), p.get_score(i)) for i in range(self.vocab_size)]
+
     def stream(self, *, continues: bool = False) -> "StreamingDecoder":
         """Gives a decoder that takes one id at a time; `continues` after other text keeps the leading space."""
         return StreamingDecoder(self, continues)

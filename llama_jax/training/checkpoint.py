@@ -10,6 +10,7 @@ notice both, and an array that was put back together wrongly on another mesh.
 import dataclasses
 import logging
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Checkpoints:
         failed with.
         """
         self.wait()
-        items = {"model": _flat(state.model), "training": _flat(dataclasses.replace(state, model=None))}
+        items = {"model": flat(state.model), "training": flat(dataclasses.replace(state, model=None))}
         metadata = metadata | {
             "model": dataclasses.asdict(state.model.config),
             "fingerprints": {name: _fingerprints(arrays) for name, arrays in items.items()},
@@ -128,9 +129,9 @@ class Checkpoints:
         folder = self.folder / str(step)
         metadata = read_metadata(folder)
         rest = dataclasses.replace(abstract, model=None)
-        loaded = _load_verified(folder, {"model": _flat(abstract.model), "training": _flat(rest)}, metadata)
-        model = _unflat(abstract.model, loaded["model"])
-        return dataclasses.replace(_unflat(rest, loaded["training"]), model=model), metadata
+        loaded = _load_verified(folder, {"model": flat(abstract.model), "training": flat(rest)}, metadata)
+        model = unflat(abstract.model, loaded["model"])
+        return dataclasses.replace(unflat(rest, loaded["training"]), model=model), metadata
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -145,7 +146,9 @@ class Checkpoints:
         self._orbax.reload()
 
 
-def load_model(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Transformer, Tokenizer]:
+def restore_model(
+    path: str | Path, mesh: Mesh | None = None, dtype: Any = None
+) -> tuple[Transformer, Tokenizer | None]:
     """Reads the parameters and the tokenizer of a checkpoint, for inference or as a beginning.
 
     Args:
@@ -162,7 +165,8 @@ def load_model(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) ->
         try:
             metadata = read_metadata(folder)
             abstract = transformer.abstract(llama_config_from_json(metadata["model"]), mesh)
-            model = _unflat(abstract, _load_verified(folder, {"model": _flat(abstract)}, metadata)["model"])
+            wanted = _as_stored(folder, flat(abstract))
+            model = unflat(abstract, _load_verified(folder, {"model": wanted}, metadata)["model"])
             return (model if dtype is None else jax.jit(lambda m: m.cast(dtype))(model)), load_tokenizer(folder)
         except UserError as error:
             if folder == folders[0]:
@@ -207,11 +211,29 @@ def read_metadata(folder: Path) -> dict:
     return metadata
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that a checkpoint folder carries."""
-    shape = ocp.checkpointables_metadata(folder.resolve()).metadata["tokenizer"]["sentencepiece"].shape
-    stored = ocp.load_checkpointables(folder.resolve(), {"tokenizer": {"sentencepiece": np.empty(shape, np.uint8)}})
-    return Tokenizer(np.asarray(stored["tokenizer"]["sentencepiece"]).tobytes())
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer that a checkpoint folder carries, if it does."""
+    files = load_files(folder, "tokenizer")
+    return Tokenizer(files["sentencepiece"]) if files else None
+
+
+def load_files(folder: Path, item: str) -> dict[str, bytes]:
+    """The small files that one item of a checkpoint folder holds, by name; none if it has no such item."""
+    stored = ocp.checkpointables_metadata(folder.resolve()).metadata.get(item)
+    if stored is None:
+        return {}
+    wanted = {name: np.empty(array.shape, np.uint8) for name, array in stored.items()}
+    loaded = ocp.load_checkpointables(folder.resolve(), {item: wanted})[item]
+    return {name: np.asarray(content).tobytes() for name, content in loaded.items()}
+
+
+def _as_stored(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The wanted arrays in the dtypes they were saved in: a cast while reading would change the fingerprints."""
+    try:
+        stored = ocp.checkpointables_metadata(folder.resolve()).metadata["model"]
+        return {name: like.update(dtype=stored[name].dtype) for name, like in wanted.items()}
+    except Exception as error:  # as for `_load_verified`
+        raise UserError(f"checkpoint {folder} cannot be read whole: {_first_line(error)}") from error
 
 
 def _load_verified(folder: Path, wanted: dict[str, dict], metadata: dict) -> dict[str, dict]:
@@ -250,15 +272,16 @@ def _sums_of_bits(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return jax.tree.map(one, arrays)
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def flat(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """A tree as {"layers.wq_DNH": leaf}: names that outlive the Python classes."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     }
 
 
-def _unflat(like: Any, flat: dict[str, Any]) -> Any:
+def unflat(like: Any, flat: dict[str, Any]) -> Any:
+    """The tree of `like`'s form with the leaves that `flat` has under their names."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: flat[jax.tree_util.keystr(path, simple=True, separator=".")], like
     )

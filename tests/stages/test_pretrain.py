@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from llama_jax import cli
+from llama_jax.conversion.load import load_model
 from llama_jax.stages import pretrain
 from llama_jax.training import loop
-from llama_jax.training.checkpoint import load_model
 from llama_jax.training.metrics import read_metrics
 from tests.stages.runs import STEPS, assert_same_run, learned, newest, write_recipe
 

@@ -15,7 +15,7 @@ import pytest
 from llama_jax.errors import UserError
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.training.checkpoint import Checkpoints, load_model
+from llama_jax.training.checkpoint import Checkpoints, restore_model
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import abstract_state
 from tests.training.tiny import MODEL, OPTIMIZER, STEPS, assert_same
@@ -117,11 +117,11 @@ def test_the_last_few_and_every_so_many_are_kept(tmp_path, tokenizer):
 
 def test_parameters_and_tokenizer_alone_are_read_for_inference(saved, tokenizer):
     for path, step in ((saved, 2), (saved / "checkpoints", 2), (saved / "checkpoints/1", 1)):
-        model, read = load_model(path)
+        model, read = restore_model(path)
         assert model.config == MODEL and read.model_bytes == tokenizer.model_bytes
         assert_same(model, state_on("data=1", step).model)
         assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(model)} == {1}
-    narrow, _ = load_model(saved, mesh_of("fsdp=8"), "bfloat16")
+    narrow, _ = restore_model(saved, mesh_of("fsdp=8"), "bfloat16")
     assert_same(narrow, state_on("data=1", 2).model.cast("bfloat16"))
     assert narrow.head_DV.sharding.num_devices == 8
 
@@ -173,12 +173,12 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(run,
 def test_inference_falls_back_too_and_moves_nothing(run, caplog):
     truncate(run / "checkpoints/2")
     with caplog.at_level(logging.WARNING):
-        model, _ = load_model(run)
+        model, _ = restore_model(run)
     assert_same(model, state_on("data=1", 1).model)
     assert "checkpoints/2" in caplog.text and "the one before it is used" in caplog.text
     assert steps_in(run / "checkpoints") == [1, 2]
     with pytest.raises(UserError, match=r"checkpoints/2.*(cannot be read|damaged)"):
-        load_model(run / "checkpoints/2")
+        restore_model(run / "checkpoints/2")
 
 
 def flip(path: Path, place: int) -> None:
@@ -211,13 +211,13 @@ def test_the_fingerprints_see_what_orbax_alone_does_not(run, monkeypatch):
     path = data_file(run / "checkpoints/2")
     flip(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=r"damaged: model arrays \['.*'\] are not what was saved"):
-        load_model(run / "checkpoints/2")
+        restore_model(run / "checkpoints/2")
     monkeypatch.setattr("llama_jax.training.checkpoint._fingerprints", lambda arrays: dict.fromkeys(arrays, 0))
     monkeypatch.setattr(
         "llama_jax.training.checkpoint.read_metadata",
-        lambda folder, read=load_model.__globals__["read_metadata"]: without_fingerprints(read(folder)),
+        lambda folder, read=restore_model.__globals__["read_metadata"]: without_fingerprints(read(folder)),
     )
-    model, _ = load_model(run / "checkpoints/2")
+    model, _ = restore_model(run / "checkpoints/2")
     with pytest.raises(AssertionError):
         assert_same(model, state_on("data=1", 2).model)
 
@@ -247,9 +247,9 @@ def test_another_models_checkpoint_is_refused(run, other):
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere is not a checkpoint: it does not exist; expected a run folder"):
-        load_model(tmp_path / "nowhere")
+        restore_model(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match=r"is not a checkpoint: it holds \['notes.txt'\]"):
-        load_model(tmp_path)
+        restore_model(tmp_path)
     with pytest.raises(UserError, match="is not a checkpoint: it is a file"):
-        load_model(tmp_path / "notes.txt")
+        restore_model(tmp_path / "notes.txt")

@@ -1,0 +1,255 @@
+"""One form of checkpoint to another, an array at a time: memory does not grow with the model."""
+
+import dataclasses
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from llama_jax.conversion import layout, source
+from llama_jax.conversion.huggingface import HuggingFaceSink, HuggingFaceSource
+from llama_jax.conversion.llama2c import Llama2cSink, Llama2cSource
+from llama_jax.conversion.meta import MetaSink, MetaSource
+from llama_jax.conversion.ours import OurSink, OurSource
+from llama_jax.conversion.source import Overrides, Source
+from llama_jax.errors import UserError
+
+Form = Literal["hf", "meta", "ours", "llama2c"]
+_SOURCES = {"hf": HuggingFaceSource, "meta": MetaSource, "ours": OurSource, "llama2c": Llama2cSource}
+
+
+@dataclass(frozen=True)
+class Output:
+    """How the destination is written, where its form leaves a choice."""
+
+    shards: int = 1
+    """Files of a Meta folder, as model parallelism splits the weights: 1 for 7B, 2 for 13B, 8 for 70B as released."""
+    llama2c_version: int = 1
+    """0, or 1 with its 256-byte header."""
+    dtype: str | None = None
+    """float16, bfloat16 or float32; each parameter's own if none."""
+    tokenizer: str | None = None
+    """A tokenizer.model to write instead of the source's."""
+
+
+def recognise(path: Path) -> Form:
+    """The form of a checkpoint, from what its folder holds.
+
+    Raises:
+      UserError: nothing there is one of the four forms, or more than one is.
+    """
+    if path.is_file():
+        if path.suffix == ".bin":
+            return "llama2c"
+        raise UserError(f"{path} is a file; expected a checkpoint's folder, or a llama2.c file that ends in .bin")
+    marks: dict[Form, bool] = {
+        "ours": (path / "_CHECKPOINT_METADATA").is_file() or (path / "checkpoints").is_dir(),
+        "meta": (path / "params.json").is_file(),
+        "hf": (path / "config.json").is_file() and not (path / "checkpoints").is_dir(),
+        "llama2c": (path / "model.bin").is_file(),
+    }
+    forms = [form for form, found in marks.items() if found]
+    if len(forms) == 1:
+        return forms[0]
+    if forms:
+        raise UserError(f"{path} could be {' or '.join(forms)}; say which with --from")
+    if path.is_dir() and any(p.name.isdigit() for p in path.iterdir()):
+        return "ours"
+    found = f"it holds {sorted(p.name for p in path.iterdir())[:8]}" if path.is_dir() else "it does not exist"
+    raise UserError(
+        f"{path} is not a checkpoint: {found}; expected a run or its checkpoints/<step>, a Hugging Face folder with "
+        "config.json, a Meta folder with params.json, or llama2.c's model.bin"
+    )
+
+
+def open_source(path: str | Path, form: Form | None = None, overrides: Overrides = Overrides()) -> Source:
+    """Opens a checkpoint of any form, checked for names, shapes and dtypes.
+
+    Args:
+      path: a folder, or a llama2.c file.
+      form: hf, meta, ours or llama2c; recognised if none.
+      overrides: what its files leave out or have wrong.
+
+    Raises:
+      UserError: it is not a whole checkpoint of that form.
+    """
+    path = Path(path)
+    form = form or recognise(path)
+    if form == "llama2c" and path.is_dir():
+        path = path / "model.bin"
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a checkpoint's folder")
+    try:
+        return _SOURCES[form](path, overrides)
+    except (KeyError, TypeError, ValueError) as error:  # a field of a JSON file that is not what it should be
+        raise UserError(
+            f"{path} cannot be read as {form}: {type(error).__name__}: {error}; is it another form?"
+        ) from error
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: Form,
+    *,
+    form: Form | None = None,
+    output: Output = Output(),
+    overrides: Overrides = Overrides(),
+) -> dict[str, Any]:
+    """Converts a checkpoint; the destination appears whole, under its name, or not at all.
+
+    Args:
+      src: the checkpoint.
+      dst: a folder that does not exist yet.
+      to: the form to write.
+      form: that of `src`; recognised if none.
+      output: how to write.
+      overrides: how to read.
+
+    Returns:
+      what was done: forms, parameters, bytes, dtypes, and notes.
+
+    Raises:
+      UserError: the source is not whole, the destination exists, or its form cannot hold the model.
+    """
+    report, opened, dtypes = _prepare(src, dst, to, form, output, overrides)
+    sizes = {name: math.prod(layout.shape(opened.config, name)) * dtypes[name].itemsize for name in dtypes}
+    with _whole(Path(dst), report["bytes"]) as folder:
+        sink = _sink(to, folder, opened, dtypes, output)
+        with _progress(report["bytes"], f"{opened.form} to {to}") as advance:
+            for name, layer in sink.order:
+                weight = cast(opened.read(name, layer), dtypes[name], f"{name} of layer {layer}")
+                sink.write(name, layer, weight)
+                del weight  # unmapped before the next one is mapped
+                advance(sizes[name])
+        opened.finish()
+        sink.finish()
+    return report | {"written": True}
+
+
+def plan(
+    src: str | Path,
+    dst: str | Path,
+    to: Form,
+    *,
+    form: Form | None = None,
+    output: Output = Output(),
+    overrides: Overrides = Overrides(),
+) -> dict[str, Any]:
+    """What `convert` would do, after all its checks of the source; nothing is written. Arguments and errors as there."""
+    return _prepare(src, dst, to, form, output, overrides)[0] | {"written": False}
+
+
+def _prepare(
+    src: str | Path, dst: str | Path, to: Form, form: Form | None, output: Output, overrides: Overrides
+) -> tuple[dict[str, Any], Source, dict[str, np.dtype]]:
+    dst = Path(dst)
+    opened = open_source(src, form, overrides)
+    dtypes = _dtypes(opened, output.dtype)
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise UserError(f"{dst} exists already; name another folder, or remove it first")
+    declared = layout.parameters(opened.config)
+    report = {
+        "from": opened.form,
+        "to": to,
+        "folder": str(dst),
+        "config": dataclasses.asdict(opened.config),
+        "parameters": opened.config.n_params,
+        "bytes": sum(math.prod(p.shape) * dtypes[name].itemsize for name, p in declared.items()),
+        "dtypes": sorted({dtype.name for dtype in dtypes.values()}),
+        "tokenizer": source.TOKENIZER in opened.assets or output.tokenizer is not None,
+        "notes": opened.notes,
+    }
+    return report, opened, dtypes
+
+
+def cast(weight: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+    """The weight in another dtype; itself if it has it.
+
+    Raises:
+      UserError: a finite weight is too large for the dtype.
+    """
+    if weight.dtype == dtype:
+        return weight
+    narrow = np.asarray(jnp.asarray(weight).astype(dtype))
+    if not np.isfinite(narrow).all() and np.isfinite(weight).all():
+        raise UserError(f"{what} holds numbers that {dtype.name} cannot; take --dtype bfloat16 or float32")
+    return narrow
+
+
+def _dtypes(opened: Source, asked: str | None) -> dict[str, np.dtype]:
+    if asked is None:
+        return opened.dtypes
+    if asked not in source.WEIGHT_DTYPES:
+        raise UserError(f"--dtype is {asked!r}; it is one of {', '.join(source.WEIGHT_DTYPES)}")
+    return dict.fromkeys(opened.dtypes, source.WEIGHT_DTYPES[asked])
+
+
+def _sink(to: Form, folder: Path, opened: Source, dtypes: dict[str, np.dtype], output: Output) -> Any:
+    assets = dict(opened.assets)
+    if output.tokenizer is not None:
+        from llama_jax.text.tokenizer import Tokenizer
+
+        assets[source.TOKENIZER] = Tokenizer.load(output.tokenizer).model_bytes
+    if to == "hf":
+        return HuggingFaceSink(folder, opened.config, dtypes, assets)
+    if to == "meta":
+        return MetaSink(folder, opened.config, dtypes, assets.get(source.TOKENIZER), output.shards)
+    if to == "llama2c":
+        return Llama2cSink(folder, opened.config, dtypes, assets.get(source.TOKENIZER), output.llama2c_version)
+    return OurSink(folder, opened.config, dtypes, assets)
+
+
+@contextmanager
+def _whole(dst: Path, size: int) -> Iterator[Path]:
+    """A temporary folder beside the destination that takes its name if all goes well, and goes away if not."""
+    temporary = dst.with_name(f"{dst.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if (free := shutil.disk_usage(temporary).free) < size:
+            raise UserError(
+                f"{dst} will take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; "
+                "free some space, or name a folder on another disk"
+            )
+        yield temporary
+        if dst.exists():
+            dst.rmdir()
+        temporary.rename(dst)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Any]:
+    """A bar with bytes, rate and time left on stderr; on a pipe or in a file, its last state alone."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda size: bar.advance(task, size)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """What was done, or would be, for people."""
+    lines = [f"note: {note}" for note in report["notes"]]
+    if not report["tokenizer"]:
+        lines.append("note: no tokenizer.model came with it; --tokenizer names one")
+    size = f"{report['parameters']:,} parameters, {report['bytes'] / 1e9:.2f} GB of {', '.join(report['dtypes'])}"
+    would = "" if report["written"] else "would be written: "
+    return "\n".join([*lines, f"{report['folder']}: {would}{report['from']} to {report['to']}, {size}"])

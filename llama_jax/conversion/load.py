@@ -1,0 +1,156 @@
+"""A checkpoint of any form straight onto a mesh: one weight at a time on the host, its shards on their devices."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama_jax.conversion import layout, source
+from llama_jax.conversion.convert import Form, open_source, recognise
+from llama_jax.conversion.source import Overrides, Source
+from llama_jax.errors import UserError
+from llama_jax.model import quantize, transformer
+from llama_jax.model.transformer import Transformer
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training import checkpoint
+
+
+def load_model(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    *,
+    int8: bool = False,
+    form: Form | None = None,
+    overrides: Overrides = Overrides(),
+) -> tuple[Transformer, Tokenizer]:
+    """Reads a model and its tokenizer, for inference or as a beginning.
+
+    Args:
+      path: a run or one of its checkpoints, a Hugging Face or Meta folder, or a llama2.c file.
+      mesh: where the parameters go; one device if none.
+      dtype: what they are cast to; as stored if none.
+      int8: keep the matrices as int8 with a scale per output, quantised as each is read.
+      form: hf, meta, ours or llama2c; recognised if none.
+      overrides: what the files leave out or have wrong.
+
+    Raises:
+      UserError: it is not a whole checkpoint, or has no tokenizer.model.
+    """
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+    form = form or recognise(Path(path))
+    if form == "ours" and overrides == Overrides() and not int8:
+        model, tokenizer = checkpoint.restore_model(path, mesh, dtype)
+    else:
+        opened = open_source(path, form, overrides)
+        for note in opened.notes:
+            if jax.process_index() == 0:
+                print(f"note: {note}", file=sys.stderr)
+        model = place(opened, mesh, dtype, int8)
+        found = opened.assets.get(source.TOKENIZER)
+        tokenizer = None if found is None else Tokenizer(found, f"{path}/{source.TOKENIZER}")
+    if tokenizer is None:
+        raise UserError(f"{path} has no {source.TOKENIZER}; copy the model's own beside its weights")
+    return model, tokenizer
+
+
+def place(opened: Source, mesh: Mesh, dtype: Any = None, int8: bool = False) -> Transformer:
+    """Reads every weight once, and only its own slices for each device of this process.
+
+    Host memory holds one layer's matrix at a time; stacked parameters grow on their devices, in place.
+
+    Args:
+      opened: the checkpoint.
+      mesh: where the parameters go.
+      dtype: what they are cast to; as stored if none.
+      int8: quantise the matrices, and print what that changed.
+    """
+    abstract = transformer.abstract(opened.config, mesh)
+    leaves: dict[str, Any] = {}
+    errors: dict[layout.Weight, jax.Array] = {}
+    narrow = checkpoint.flat(quantize.quantize_abstract(abstract), is_leaf=_is_int8) if int8 else {}
+    for name, like in checkpoint.flat(abstract).items():
+        if _is_int8(narrow.get(name)):
+            leaves[name], its_errors = _read_int8(opened, name, narrow[name])
+            errors |= its_errors
+        else:
+            leaves[name] = _read(opened, name, like.update(dtype=dtype or opened.dtypes[name]))
+    opened.finish()
+    if errors and jax.process_index() == 0:
+        print(_describe(errors), file=sys.stderr)
+    return checkpoint.unflat(abstract, leaves)
+
+
+def _read(opened: Source, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if not layout.is_stacked(name):
+        return jax.jit(lambda w: w.astype(like.dtype), out_shardings=like.sharding)(
+            _put(opened, name, None, like.sharding)
+        )
+    set_layer = jax.jit(
+        lambda stack, w, layer: stack.at[layer].set(w.astype(stack.dtype)),
+        donate_argnums=0,
+        out_shardings=like.sharding,
+    )
+    stack = jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
+    for layer in range(opened.config.n_layers):
+        stack = set_layer(stack, _put(opened, name, layer, _of_layer(like.sharding)), layer)
+    return stack
+
+
+def _read_int8(opened: Source, name: str, like: quantize.Int8) -> tuple[quantize.Int8, dict[layout.Weight, jax.Array]]:
+    """One parameter as int8, and the relative error of each of its matrices."""
+    n_in, layouts = quantize.input_axes(name), jax.tree.map(lambda part: part.sharding, like)
+    if not layout.is_stacked(name):
+        w = _put(opened, name, None, like.values.sharding)
+        quantized, error = jax.jit(lambda w: _quantize(w, n_in), out_shardings=(layouts, None))(w)
+        return quantized, {(name, None): error}
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(layouts, None))
+    def set_layer(stack: quantize.Int8, w: jax.Array, layer: int) -> tuple[quantize.Int8, jax.Array]:
+        quantized, error = _quantize(w, n_in)
+        return jax.tree.map(lambda whole, part: whole.at[layer].set(part), stack, quantized), error
+
+    stack = jax.jit(lambda: jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), like), out_shardings=layouts)()
+    errors = {}
+    for layer in range(opened.config.n_layers):
+        w = _put(opened, name, layer, _of_layer(like.values.sharding))
+        stack, errors[name, layer] = set_layer(stack, w, layer)
+    return stack, errors
+
+
+def _quantize(w: jax.Array, n_in: int) -> tuple[quantize.Int8, jax.Array]:
+    quantized = quantize.quantize(w, n_in)
+    return quantized, quantize.quantization_error(w, quantized)
+
+
+def _put(opened: Source, name: str, layer: int | None, sharding: NamedSharding) -> jax.Array:
+    """One weight as stored, every shard read from its own part of the file."""
+    weight = opened.read(name, layer)
+    # Never an alias: a memory map that jax took over would change with the file.
+    shards = [
+        jax.device_put(weight[index], device, may_alias=False)
+        for device, index in sharding.addressable_devices_indices_map(weight.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(weight.shape, sharding, shards)
+
+
+def _is_int8(leaf: Any) -> bool:
+    return isinstance(leaf, quantize.Int8)
+
+
+def _of_layer(sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def _describe(errors: dict[layout.Weight, jax.Array]) -> str:
+    values = {weight: float(error) for weight, error in errors.items()}
+    (name, layer), worst = max(values.items(), key=lambda item: item[1])
+    mean = sum(values.values()) / len(values)
+    return (
+        f"int8: matrices differ from the stored ones by {mean:.2%} (RMS), at most {worst:.2%} ({name}, layer {layer})"
+    )
