@@ -4,9 +4,8 @@ import math
 import os
 import struct
 import zipfile
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -47,10 +46,19 @@ class TorchReader(TensorReader):
                 f"torch.save(torch.load({str(self.path)!r}, weights_only=True), {str(self.path)!r})"
             )
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                self._starts, self._sizes = self._records(archive)
-                contents = self._read_pickle(archive)
-        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, struct.error) as error:
+            with zipfile.ZipFile(self.path) as archive, self.path.open("rb") as file:
+                self._records, folder = self._find_records(archive, file)
+                contents = self._read_pickle(archive, folder)
+        # What the zip module raises for damage of one kind or another.
+        except (
+            zipfile.BadZipFile,
+            EOFError,
+            ValueError,
+            OSError,
+            NotImplementedError,
+            RuntimeError,
+            struct.error,
+        ) as error:
             self._refuse(f"its {self.path.stat().st_size} bytes do not form a readable zip archive ({error})")
         self._tensors = self._tensors_in(contents)
         for name, tensor in self._tensors.items():
@@ -62,33 +70,32 @@ class TorchReader(TensorReader):
         storage, offset, shape, strides = self._tensors[name]
         itemsize = storage.dtype.itemsize
         extent = _extent(shape, strides)
-        flat = map_bytes(self.path, self._starts[f"data/{storage.key}"] + offset * itemsize, extent * itemsize)
+        flat = map_bytes(self.path, self._records[f"data/{storage.key}"].start + offset * itemsize, extent * itemsize)
         steps = tuple(stride * itemsize if extent else 0 for stride in strides)
         return np.lib.stride_tricks.as_strided(flat.view(storage.dtype), shape, steps, writeable=False)
 
-    def _records(self, archive: zipfile.ZipFile) -> tuple[dict[str, int], dict[str, int]]:
-        """First byte and size of each record, by its name without the top folder."""
-        infos = [info for info in archive.infolist() if not info.is_dir()]
-        pickles = [info.filename for info in infos if info.filename.split("/")[1:] == ["data.pkl"]]
+    def _find_records(self, archive: zipfile.ZipFile, file: BinaryIO) -> tuple[dict[str, range], str]:
+        """The byte range of each record by its name without the top folder, and that folder."""
+        pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
             self._refuse(f"it holds {len(pickles)} records FOLDER/data.pkl where torch.save writes one")
         folder = pickles[0].removesuffix("data.pkl")
-        starts, sizes, ranges = {}, {}, []
-        with self.path.open("rb") as file:
-            for info in infos:
-                start = self._start(file, info)
-                ranges.append((info.header_offset, start + info.file_size))
-                name = info.filename.removeprefix(folder)
-                if name in starts:
-                    self._refuse(f"record {name} stands in it twice")
-                starts[name], sizes[name] = start, info.file_size
-        ranges.append((archive.start_dir, archive.start_dir))
-        for (_, end), (begin, _) in pairwise(sorted(ranges)):
-            if begin < end:
-                self._refuse(f"its records overlap or leave the file at byte {begin}")
-        return starts, sizes
+        records: dict[str, range] = {}
+        expected = 0
+        for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+            if info.header_offset != expected:
+                self._refuse(f"its records overlap or leave a gap at byte {expected}")
+            start = self._start(file, info)
+            name = info.filename.removeprefix(folder)
+            if name in records:
+                self._refuse(f"record {name} stands in it twice")
+            records[name] = range(start, start + info.file_size)
+            expected = self._end(file, info, start + info.file_size)
+        if archive.start_dir != expected:
+            self._refuse(f"its records end at byte {expected}, and their directory begins at byte {archive.start_dir}")
+        return records, folder
 
-    def _start(self, file: Any, info: zipfile.ZipInfo) -> int:
+    def _start(self, file: BinaryIO, info: zipfile.ZipInfo) -> int:
         """Where a record's bytes begin: behind its own header, whose length only that header tells."""
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             self._refuse(f"record {info.filename} is compressed, which torch.save never does; it is not unpacked")
@@ -100,16 +107,25 @@ class TorchReader(TensorReader):
             self._refuse(f"record {info.filename} is not where the directory says")
         return info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
 
-    def _read_pickle(self, archive: zipfile.ZipFile) -> Any:
-        if (size := self._sizes["data.pkl"]) > MAX_PICKLE_BYTES:
+    def _end(self, file: BinaryIO, info: zipfile.ZipInfo, end: int) -> int:
+        """Where a record ends: where its bytes do, unless their checksum and sizes follow them."""
+        if not info.flag_bits & 0x8:
+            return end
+        file.seek(end)
+        if file.read(8) != struct.pack("<4sI", b"PK\x07\x08", info.CRC):
+            self._refuse(f"the checksum behind record {info.filename} is not where the directory says")
+        wide = file.read(16)[8:] == info.file_size.to_bytes(8, "little")
+        return end + (24 if wide else 16)
+
+    def _read_pickle(self, archive: zipfile.ZipFile, folder: str) -> Any:
+        if (size := len(self._records["data.pkl"])) > MAX_PICKLE_BYTES:
             self._refuse(f"its data.pkl has {size} bytes; {MAX_PICKLE_BYTES} would describe 80,000 tensors")
-        by_name = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if "byteorder" in self._sizes and archive.read(by_name["byteorder"]) != b"little":
+        if "byteorder" in self._records and archive.read(folder + "byteorder") != b"little":
             raise UserError(
                 f"{self.path} was written on a big-endian machine; write it anew on another with torch.save"
             )
         try:
-            return read_pickle(archive.read(by_name["data.pkl"]))
+            return read_pickle(archive.read(folder + "data.pkl"))
         except BadPickle as error:
             raise UserError(
                 f"{self.path}: data.pkl {error}, so the file is refused and nothing in it was run; "
@@ -134,9 +150,9 @@ class TorchReader(TensorReader):
     def _check(self, name: str, tensor: StoredTensor) -> None:
         """The storage must be there, whole, and hold every element that offset and strides can reach."""
         storage, offset, shape, strides = tensor
-        promised, present = storage.numel * storage.dtype.itemsize, self._sizes.get(f"data/{storage.key}")
-        if present != promised:
-            found = "is missing" if present is None else f"has {present} bytes"
+        promised, record = storage.numel * storage.dtype.itemsize, self._records.get(f"data/{storage.key}")
+        if record is None or len(record) != promised:
+            found = "is missing" if record is None else f"has {len(record)} bytes"
             self._refuse(f"record data/{storage.key[:40]} of {name} {found}, and {promised} bytes were expected")
         if not 0 <= offset <= storage.numel - _extent(shape, strides):
             self._refuse(
