@@ -17,6 +17,7 @@ from llama_jax.conversion.tensor_files import (
     TensorReader,
     TensorSpec,
     TensorWriter,
+    are_sizes,
     is_shape,
     map_bytes,
     refuse_pointer,
@@ -97,7 +98,7 @@ class SafetensorsReader(TensorReader):
                 "Use a checkpoint that is not quantised, or convert it to one of these first"
             )
         shape, offsets = _tuple(entry["shape"]), _tuple(entry["data_offsets"])
-        if not is_shape(shape) or not is_shape(offsets) or len(offsets) != 2:
+        if not is_shape(shape) or not are_sizes(offsets) or len(offsets) != 2:
             self._refuse(f"tensor {name} has no usable shape and data_offsets")
         spec = TensorSpec(shape, DTYPES[entry["dtype"]])
         if offsets[1] - offsets[0] != spec.nbytes:

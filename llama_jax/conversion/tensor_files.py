@@ -141,11 +141,16 @@ def map_bytes(path: Path, start: int, nbytes: int) -> np.ndarray:
     return np.frombuffer(mapped, np.uint8, nbytes, lead)
 
 
+def are_sizes(value: object) -> bool:
+    """Whether a value that a file gave for strides or offsets is a tuple of numbers of elements that NumPy can hold."""
+    return (
+        isinstance(value, tuple) and len(value) <= 32 and all(type(size) is int and 0 <= size < 2**59 for size in value)
+    )
+
+
 def is_shape(value: object) -> bool:
-    """Whether a value that a file gave for a shape (or for strides) is a tuple of sizes that NumPy can hold."""
-    if not isinstance(value, tuple) or len(value) > 32 or not all(type(size) is int and size >= 0 for size in value):
-        return False
-    return math.prod(size for size in value if size) < 2**59
+    """Whether a value that a file gave for a shape is one that NumPy can hold."""
+    return are_sizes(value) and math.prod(size for size in value if size) < 2**59
 
 
 def refuse_pointer(path: Path, head: bytes) -> None:

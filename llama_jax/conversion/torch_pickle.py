@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from llama_jax.conversion.tensor_files import TensorSpec, is_shape
+from llama_jax.conversion.tensor_files import TensorSpec, are_sizes, is_shape
 
 STORAGE_DTYPES = {
     "torch.DoubleStorage": np.dtype("float64"),
@@ -199,7 +199,7 @@ def _rebuild(function: Any, arguments: Any) -> Any:
     if function == REBUILD_TENSOR:
         # A seventh argument marks lazily conjugated or negated values.
         storage, offset, shape, strides, _, hooks, *lazy = arguments
-        plain = isinstance(storage, Storage) and type(offset) is int and is_shape(shape) and is_shape(strides)
+        plain = isinstance(storage, Storage) and type(offset) is int and is_shape(shape) and are_sizes(strides)
         if not plain or hooks or any(lazy) or len(lazy) > 1 or len(shape) != len(strides):
             raise ValueError("a tensor without usable offset, shape and strides")
         return StoredTensor(storage, offset, shape, strides)

@@ -179,16 +179,20 @@ def test_an_lfs_pointer_is_named(tmp_path):
         SafetensorsReader(path)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "a.safetensors"
+    write(path, {"a": np.arange(4, dtype="f2"), "b": np.arange(3, dtype="i4")})
+    return path.read_bytes()
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_damaged_header_reads_or_is_refused(tmp_path, data):
-    tensors = {"a": np.arange(4, dtype="f2"), "b": np.arange(3, dtype="i4")}
-    path = tmp_path / "a.safetensors"
-    write(path, tensors)
-    whole = bytearray(path.read_bytes())
+def test_a_damaged_header_reads_or_is_refused(tmp_path, whole, data):
+    path, damaged = tmp_path / "a.safetensors", bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
-        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(whole[: data.draw(st.sampled_from([len(whole), len(whole) - 1, 30]))])
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(damaged[: data.draw(st.sampled_from([len(whole), len(whole) - 1, 30]))])
     try:
         reader = SafetensorsReader(path)
     except UserError:
@@ -217,6 +221,19 @@ def peak_growth_mb(path, module: str, reader: str, total: int = 0) -> float:
     """Peak memory of a process that reads all tensors one at a time, above what it had after its imports."""
     code = READ_ALL.format(module=module, reader=reader, total=total)
     return float(subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_file_larger_than_memory_opens(tmp_path):
+    """Sparse: two tensors of 64 GiB, whose offsets multiply to more than 64 bits hold."""
+    size = 2**36
+    header = {"a": entry(0, size, (2**35,), "BF16"), "b": entry(size, 2 * size, (2**20, 2**16), "U8")}
+    path = forge(tmp_path / "a.safetensors", header)
+    end = path.stat().st_size + 2 * size
+    with path.open("r+b") as file:
+        file.truncate(end)
+        file.seek(end - 1)
+        file.write(b"\x07")
+    assert SafetensorsReader(path).read("b")[-1, -2:].tolist() == [0, 7]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")

@@ -295,6 +295,14 @@ def test_any_folder_name_will_do(tmp_path):
     assert_same(TorchReader(path).read("w"), data)
 
 
+def test_strides_of_large_tensors_are_no_shape(tmp_path):
+    """Their product overflows where that of the sizes does not."""
+    shape, strides = (1, 1, 1, 2, 3), (2**40, 2**30, 2**20, 3, 1)
+    data = counting(shape, np.dtype("f2"))
+    path = forge(tmp_path / "a.pth", one_tensor(shape=shape, strides=strides), {"data/0": data.tobytes()})
+    assert_same(TorchReader(path).read("w"), data)
+
+
 @pytest.mark.parametrize("bomb", ["data.pkl", "data/0"])
 def test_a_zip_bomb_is_not_unpacked(tmp_path, bomb):
     records = {"data/0": b"0" * 12, bomb: b"\x00" * 10**8}
@@ -357,28 +365,31 @@ def test_truncated_and_foreign_files(tmp_path):
     refused(path, "Git LFS pointer")
 
 
-def payload(path: Path) -> set[int]:
-    """The bytes of the elements, whose checksum nobody compares."""
-    return {
-        place for name, record in TorchReader(path)._records.items() if name.startswith("data/") for place in record
-    }
+FLIPPED = {"a": counting((3,), np.dtype("i2")), "b": TWO_BY_THREE}
 
 
-@settings(max_examples=6000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[bytes, list[int]]:
+    """A file, and the places in it beside the elements, whose checksum nobody compares."""
+    path = write(tmp_path_factory.mktemp("whole") / "a.pth", FLIPPED)
+    records = TorchReader(path)._records
+    elements = {place for name, record in records.items() if name.startswith("data/") for place in record}
+    return path.read_bytes(), sorted(set(range(path.stat().st_size)) - elements)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_flipped_byte_reads_equal_or_is_refused(tmp_path, data):
-    tensors = {"a": counting((3,), np.dtype("i2")), "b": TWO_BY_THREE}
-    path = write(tmp_path / "a.pth", tensors)
-    whole = bytearray(path.read_bytes())
-    places = sorted(set(range(len(whole))) - payload(path))
-    whole[data.draw(st.sampled_from(places))] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(whole)
+def test_a_flipped_byte_reads_equal_or_is_refused(tmp_path, whole, data):
+    damaged, places = bytearray(whole[0]), whole[1]
+    damaged[data.draw(st.sampled_from(places))] ^= data.draw(st.integers(1, 255))
+    path = tmp_path / "a.pth"
+    path.write_bytes(damaged)
     try:
         reader = TorchReader(path)
     except UserError:
         return
-    assert list(reader.specs) == list(tensors)
-    for name, expected in tensors.items():
+    assert list(reader.specs) == list(FLIPPED)
+    for name, expected in FLIPPED.items():
         assert_same(reader.read(name), expected)
 
 
