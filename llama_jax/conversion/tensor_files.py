@@ -17,6 +17,8 @@ from llama_jax.errors import UserError
 
 # Large enough for full disk speed, small enough to stay in the processor's cache between checksum and write.
 BLOCK_BYTES = 16 * 2**20
+# Columns copied together; 64 to 256 are equally fast.
+_BAND = 128
 
 
 class TensorSpec(NamedTuple):
@@ -128,7 +130,19 @@ def _blocks(array: np.ndarray) -> Iterator[memoryview]:
             yield from _blocks(row)
         return
     for start in range(0, len(array), rows):
-        yield np.ascontiguousarray(array[start : start + rows]).reshape(-1).view(np.uint8).data
+        yield contiguous(array[start : start + rows]).reshape(-1).view(np.uint8).data
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """A copy in C order, several times faster for transposed matrices than NumPy's own.
+
+    Where neighbours in the copy lie far apart in the source, each row would visit a page per element; a band of columns at a time
+    stays in the processor's cache.
+    """
+    copy = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[-1], _BAND):
+        copy[..., start : start + _BAND] = array[..., start : start + _BAND]
+    return copy
 
 
 def map_bytes(path: Path, start: int, nbytes: int) -> np.ndarray:
