@@ -112,16 +112,11 @@ class HuggingFaceSink:
     def __init__(self, folder: Path, config: LlamaConfig, dtypes: dict[str, np.dtype], assets: dict[str, bytes]):
         """Plans the files; nothing but the folder's small files is written before `write`."""
         self._config, self._folder = config, folder
-        specs = {
-            _hf_name(*w): TensorSpec(layout.matrix_shape(config, w[0]), dtypes[w[0]]) for w in layout.weights(config)
-        }
-        files = _split(specs)
-        names = ["model.safetensors"]
+        files = file_specs(config, dtypes)
         if len(files) > 1:
-            names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-            _write_index(folder, dict(zip(names, files, strict=True)))
-        self._files = {tensor: i for i, file in enumerate(files) for tensor in file}
-        self._plans = list(zip(names, files, strict=True))
+            _write_index(folder, files)
+        self._files = {tensor: i for i, held in enumerate(files.values()) for tensor in held}
+        self._plans = list(files.items())
         self._open: SafetensorsWriter | None = None
         self._at = -1
         self.order = layout.weights(config)
@@ -289,26 +284,24 @@ def _open_shards(folder: Path, index: Path, open_file: Any) -> dict[str, TensorR
     return held
 
 
-def _split(specs: dict[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
-    """The tensors in files of at most SHARD_BYTES, in order."""
+def file_specs(config: LlamaConfig, dtypes: dict[str, np.dtype]) -> dict[str, dict[str, TensorSpec]]:
+    """What each file holds, in order; files end where the next tensor would take them past SHARD_BYTES."""
     files: list[dict[str, TensorSpec]] = [{}]
     used = 0
-    for name, spec in specs.items():
-        size = _bytes(spec)
-        if files[-1] and used + size > SHARD_BYTES:
+    for name, layer in layout.weights(config):
+        spec = TensorSpec(layout.matrix_shape(config, name), dtypes[name])
+        if files[-1] and used + spec.nbytes > SHARD_BYTES:
             files.append({})
             used = 0
-        files[-1][name] = spec
-        used += size
-    return files
-
-
-def _bytes(spec: TensorSpec) -> int:
-    return int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
+        files[-1][_hf_name(name, layer)] = spec
+        used += spec.nbytes
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{i + 1:05}-of-{len(files):05}.safetensors": held for i, held in enumerate(files)}
 
 
 def _write_index(folder: Path, files: dict[str, dict[str, TensorSpec]]) -> None:
-    total = sum(_bytes(spec) for file in files.values() for spec in file.values())
+    total = sum(spec.nbytes for file in files.values() for spec in file.values())
     where = {tensor: name for name, file in files.items() for tensor in file}
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

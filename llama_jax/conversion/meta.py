@@ -176,16 +176,9 @@ class MetaSink:
         self._config, self._files = config, files
         _check_can_hold(config, files)
         self.order = layout.weights(config)
-        specs = {}
-        for name, layer in self.order:
-            shape, split = list(layout.matrix_shape(config, name)), layout.PLACES[name].split
-            if split is not None:
-                shape[split] //= files
-            specs[_meta_name(name, layer)] = TensorSpec(tuple(shape), dtypes[name])
-        if config.tie_embeddings:  # the reference has no tied head: it gets a copy
-            embedding = dtypes["embedding_VD"]
-            specs[_meta_name("head_DV", None)] = TensorSpec((config.vocab_size // files, config.dim), embedding)
-            self.order = [*self.order, ("embedding_VD", None)]
+        if config.tie_embeddings:  # the head's copy
+            self.order.append(("embedding_VD", None))
+        specs = file_specs(config, dtypes, files)
         self._writers = [TorchWriter(folder / f"consolidated.{i:02}.pth", specs).__enter__() for i in range(files)]
         self._written: set[str] = set()
         (folder / "params.json").write_text(json.dumps(params_of(config)) + "\n")
@@ -207,6 +200,20 @@ class MetaSink:
         """Completes the files."""
         for writer in self._writers:
             writer.__exit__(None, None, None)
+
+
+def file_specs(config: LlamaConfig, dtypes: dict[str, np.dtype], files: int) -> dict[str, TensorSpec]:
+    """What each of so many consolidated.NN.pth files holds, in order: parts of equal shapes."""
+    specs = {}
+    for name, layer in layout.weights(config):
+        shape, split = list(layout.matrix_shape(config, name)), layout.PLACES[name].split
+        if split is not None:
+            shape[split] //= files
+        specs[_meta_name(name, layer)] = TensorSpec(tuple(shape), dtypes[name])
+    if config.tie_embeddings:  # the reference has no tied head: it gets a copy
+        head = TensorSpec((config.vocab_size // files, config.dim), dtypes["embedding_VD"])
+        specs[_meta_name("head_DV", None)] = head
+    return specs
 
 
 def params_of(config: LlamaConfig) -> dict[str, Any]:
