@@ -24,6 +24,7 @@ VERBS = {
     "generate": "continue a text with a trained model",
     "convert": "weights between Hugging Face, Meta, llama2.c and our own form, exactly",
     "verify": "whether two checkpoints of any form are the same model",
+    "download": "fetch a checkpoint from the Hugging Face hub, its needed files alone",
     "demo": "the whole pipeline in minutes on a laptop, from raw text to samples",
 }
 

@@ -278,6 +278,50 @@ def tokenize(argv: Sequence[str]) -> None:
     _call(run, "tokenize", argv)
 
 
+def download(argv: Sequence[str]) -> None:
+    """See llama_jax.conversion.download."""
+
+    def run(
+        repo_id: Annotated[str, arg(metavar="ID")],
+        /,
+        *,
+        out: str | None = None,
+        revision: str = "main",
+        dry_run: bool = False,
+        as_json: Json = False,
+    ) -> None:
+        """Fetch a checkpoint from the Hugging Face hub: configuration, tokenizer and weights, in one form and nothing else.
+
+        What has arrived whole is not fetched again. For gated models accept the licence on the model's page, then log in
+        with `hf auth login` or set HF_TOKEN.
+
+        Examples:
+          llama-jax download meta-llama/Llama-2-7b-hf
+          llama-jax download meta-llama/Llama-2-7b-chat --out llama-2-7b-chat-meta
+          llama-jax download TinyLlama/TinyLlama-1.1B-Chat-v1.0 --dry-run
+
+        Args:
+          repo_id: The model's id on the hub.
+          out: The folder to write; by default one named after the model, here.
+          revision: A branch, a tag or a commit.
+          dry_run: List what would be fetched, and fetch nothing.
+          as_json: Print the files and their bytes as JSON.
+        """
+        from llama_jax.conversion.download import download, find_files
+
+        found = find_files(repo_id, revision)
+        folder = None if dry_run else str(download(repo_id, out, revision, found))
+        if as_json:
+            files = [{"name": file.name, "bytes": file.nbytes} for file in found.files]
+            print(json.dumps({"folder": folder, "commit": found.commit, "bytes": found.nbytes, "files": files}))
+            return
+        if dry_run:
+            print("\n".join(f"{file.nbytes / 1e6:12,.1f} MB  {file.name}" for file in found.files))
+        print(f"{'would fetch' if dry_run else folder}: {len(found.files)} files, {found.nbytes / 1e6:,.1f} MB")
+
+    _call(run, "download", argv)
+
+
 def demo(argv: Sequence[str]) -> None:
     """See llama_jax.demo."""
 
