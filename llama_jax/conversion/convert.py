@@ -123,16 +123,17 @@ def convert(
     """
     report, opened, dtypes = _prepare(src, dst, to, form, output, overrides)
     sizes = {name: math.prod(layout.shape(opened.config, name)) * dtypes[name].itemsize for name in dtypes}
-    with _whole(Path(dst), report["bytes"]) as folder:
-        sink = _sink(to, folder, opened, dtypes, output)
-        with _progress(report["bytes"], f"{opened.form} to {to}") as advance:
-            for name, layer in sink.order:
-                weight = cast(opened.read(name, layer), dtypes[name], f"{name} of layer {layer}")
-                sink.write(name, layer, weight)
-                del weight  # unmapped before the next one is mapped
-                advance(sizes[name])
+    with (
+        _whole(Path(dst), report["bytes"]) as folder,
+        _sink(to, folder, opened, dtypes, output) as sink,
+        _progress(report["bytes"], f"{opened.form} to {to}") as advance,
+    ):
+        for name, layer in sink.order:
+            weight = cast(opened.read(name, layer), dtypes[name], layout.title(name, layer))
+            sink.write(name, layer, weight)
+            del weight  # unmapped before the next one is mapped
+            advance(sizes[name])
         opened.finish()
-        sink.finish()
     return report | {"written": True}
 
 
@@ -181,7 +182,8 @@ def cast(weight: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
     if weight.dtype == dtype:
         return weight
     narrow = np.asarray(jnp.asarray(weight).astype(dtype))
-    if not np.isfinite(narrow).all() and np.isfinite(weight).all():
+    fits = np.isfinite(narrow)
+    if not fits.all() and np.isfinite(weight[~fits]).any():
         raise UserError(f"{what} holds numbers that {dtype.name} cannot; take --dtype bfloat16 or float32")
     return narrow
 

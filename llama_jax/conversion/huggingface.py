@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -62,8 +62,8 @@ class HuggingFaceSource:
                 expected = (stored * config.head_dim, expected[1])
             source.check_shape(self._where, _hf_name(name, layer), spec.shape, expected)
         self.dtypes = source.parameter_dtypes(self._where, self.config, specs)
-        if config.n_kv_heads == config.n_heads > 1 and not overrides.fold_kv_heads:
-            self._note_repeats(config)
+        if not overrides.fold_kv_heads:
+            source.note_repeated_heads(self.config, lambda name: self._matrix(name, 0), self.notes)
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One weight in our layout."""
@@ -98,48 +98,40 @@ class HuggingFaceSource:
             remedy = f"without tie_word_embeddings in config.json a model has its own {head}, and this one has lost it"
         source.check_names(self._where, self._readers, (_hf_name(*w) for w in layout.weights(config)), remedy)
 
-    def _note_repeats(self, config: LlamaConfig) -> None:
-        times = layout.repeats(self._matrix("layers.wk_DKH", 0), config.head_dim)
-        if times > 1 and layout.repeats(self._matrix("layers.wv_DKH", 0), config.head_dim) == times:
-            self.notes.append(
-                f"in layer 0 each key/value head is there {times} times: --fold-kv-heads {config.n_kv_heads // times} folds them"
-            )
-
 
 class HuggingFaceSink:
-    """Writes a folder that `transformers` loads as it is."""
+    """Writes a folder that `transformers` loads as it is, inside a `with`."""
 
     def __init__(self, folder: Path, config: LlamaConfig, dtypes: dict[str, np.dtype], assets: dict[str, bytes]):
-        """Plans the files; nothing but the folder's small files is written before `write`."""
-        self._config, self._folder = config, folder
+        """Plans the files and writes the small ones."""
+        self._folder = folder
         files = file_specs(config, dtypes)
         if len(files) > 1:
             _write_index(folder, files)
-        self._files = {tensor: i for i, held in enumerate(files.values()) for tensor in held}
-        self._plans = list(files.items())
+        self._files = {tensor: name for name, held in files.items() for tensor in held}
+        self._plans = files
         self._open: SafetensorsWriter | None = None
-        self._at = -1
         self.order = layout.weights(config)
         for name, content in _assets(config, dtypes, assets).items():
             (folder / name).write_bytes(content)
 
+    def __enter__(self) -> Self:
+        """The files are opened as they are reached."""
+        return self
+
     def write(self, name: str, layer: int | None, weight: np.ndarray) -> None:
         """Writes one weight, given in our layout and in `order`."""
         stored = _hf_name(name, layer)
-        if self._files[stored] != self._at:
-            self.finish()
-            self._at += 1
-            file, specs = self._plans[self._at]
-            self._open = SafetensorsWriter(self._folder / file, specs)
-            self._open.__enter__()
-        assert self._open is not None
+        path = self._folder / self._files[stored]
+        if self._open is None or self._open.path != path:
+            self.__exit__(None, None, None)
+            self._open = SafetensorsWriter(path, self._plans[path.name]).__enter__()
         self._open.write(stored, layout.to_matrix(weight, name))
 
-    def finish(self) -> None:
-        """Completes the file under way."""
+    def __exit__(self, *error: Any) -> None:
+        """Completes the file under way, or removes it after an exception."""
         if self._open is not None:
-            self._open.__exit__(None, None, None)
-            self._open = None
+            self._open.__exit__(*error)
 
 
 def config_from_hf(fields: dict[str, Any], where: str) -> LlamaConfig:

@@ -69,6 +69,11 @@ def is_stacked(name: str) -> bool:
     return name.startswith("layers.")
 
 
+def title(name: str, layer: int | None) -> str:
+    """What a message calls one weight."""
+    return name if layer is None else f"{name} of layer {layer}"
+
+
 def shape(config: LlamaConfig, name: str) -> tuple[int, ...]:
     """Our shape of one layer's weight, or of one outside the layers."""
     return parameters(config)[name].shape[1 if is_stacked(name) else 0 :]

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -82,12 +83,12 @@ class Llama2cSource:
 
 
 class Llama2cSink:
-    """Writes model.bin and tokenizer.bin, which llama2.c's programs read, and tokenizer.model, which this one reads."""
+    """Writes model.bin and tokenizer.bin, which llama2.c's programs read, and tokenizer.model, which this one reads; inside a `with`."""
 
     def __init__(
         self, folder: Path, config: LlamaConfig, dtypes: dict[str, np.dtype], tokenizer: bytes | None, version: int
     ):
-        """Writes the header.
+        """Writes the tokenizer.
 
         Raises:
           UserError: the form cannot hold the model.
@@ -103,11 +104,16 @@ class Llama2cSink:
             raise UserError("llama2.c's form holds float32 alone, and these weights are not; say --dtype float32")
         self._config, self._version = config, version
         self.order = [w for w in _file_order(config, version) if w[0] != _ROTATIONS]
-        self._file = (folder / "model.bin").open("wb")
-        self._file.write(_header_bytes(config, version))
+        self._path = folder / "model.bin"
         if tokenizer is not None:
             (folder / source.TOKENIZER).write_bytes(tokenizer)
             (folder / "tokenizer.bin").write_bytes(tokenizer_bin(Tokenizer(tokenizer)))
+
+    def __enter__(self) -> Self:
+        """Writes the header."""
+        self._file = self._path.open("wb")
+        self._file.write(_header_bytes(self._config, self._version))
+        return self
 
     def write(self, name: str, layer: int | None, weight: np.ndarray) -> None:
         """Writes one weight, given in our layout and in `order`."""
@@ -118,8 +124,8 @@ class Llama2cSink:
             write_array(self._file, np.cos(angles).astype(_FLOAT))
             write_array(self._file, np.sin(angles).astype(_FLOAT))
 
-    def finish(self) -> None:
-        """Closes the file."""
+    def __exit__(self, *error: object) -> None:
+        """Closes the file; whoever caught an exception removes it."""
         self._file.close()
 
 

@@ -2,9 +2,10 @@
 
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -59,24 +60,29 @@ class MetaSource:
                 expected = (self._stored_kv * self.config.head_dim, expected[1])
             source.check_shape(self._where, _meta_name(name, layer), spec.shape, expected)
         self.dtypes = source.parameter_dtypes(self._where, self.config, specs)
+        if not overrides.fold_kv_heads:
+            source.note_repeated_heads(self.config, lambda name: self._matrix(name, 0), self.notes)
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One weight in our layout."""
-        stored = _meta_name(name, layer)
-        parts = [file.read(stored) for file in self._files]
-        split = self._split_axis(name, parts[0].shape)
-        if split is None:
-            if any(part.tobytes() != parts[0].tobytes() for part in parts[1:]):
-                raise UserError(f"{self._where}: {stored}, which every file has, differs between the files")
-            matrix = parts[0]
-        else:
-            matrix = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=split)
+        matrix = self._matrix(name, layer)
         if name in _KV and self._stored_kv != self.config.n_kv_heads:
-            matrix = layout.fold_heads(matrix, self.config, stored)
+            matrix = layout.fold_heads(matrix, self.config, _meta_name(name, layer))
         return layout.from_matrix(layout.to_halves(matrix, self.config, name), self.config, name)
 
     def finish(self) -> None:
         """Nothing is left to check."""
+
+    def _matrix(self, name: str, layer: int | None) -> np.ndarray:
+        """The files' parts of one matrix together."""
+        stored = _meta_name(name, layer)
+        parts = [file.read(stored) for file in self._files]
+        split = self._split_axis(name, parts[0].shape)
+        if split is not None:
+            return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=split)
+        if any(part.tobytes() != parts[0].tobytes() for part in parts[1:]):
+            raise UserError(f"{self._where}: {stored}, which every file has, differs between the files")
+        return parts[0]
 
     def _config(self, params: dict[str, Any], overrides: Overrides, is_llama1: bool) -> LlamaConfig:
         """The architecture: from params.json, and where it is silent from the shapes of the tensors."""
@@ -163,7 +169,7 @@ class MetaSource:
 
 
 class MetaSink:
-    """Writes a folder that Meta's reference code loads."""
+    """Writes a folder that Meta's reference code loads, inside a `with`."""
 
     def __init__(
         self, folder: Path, config: LlamaConfig, dtypes: dict[str, np.dtype], tokenizer: bytes | None, files: int
@@ -179,11 +185,20 @@ class MetaSink:
         if config.tie_embeddings:  # the head's copy
             self.order.append(("embedding_VD", None))
         specs = file_specs(config, dtypes, files)
-        self._writers = [TorchWriter(folder / f"consolidated.{i:02}.pth", specs).__enter__() for i in range(files)]
+        self._writers = [TorchWriter(folder / f"consolidated.{i:02}.pth", specs) for i in range(files)]
+        self._stack = ExitStack()
         self._written: set[str] = set()
         (folder / "params.json").write_text(json.dumps(params_of(config)) + "\n")
         if tokenizer is not None:
             (folder / source.TOKENIZER).write_bytes(tokenizer)
+
+    def __enter__(self) -> Self:
+        """Creates the files."""
+        with ExitStack() as stack:
+            for writer in self._writers:
+                stack.enter_context(writer)
+            self._stack = stack.pop_all()
+        return self
 
     def write(self, name: str, layer: int | None, weight: np.ndarray) -> None:
         """Writes one weight, given in our layout and in `order`, to every file its part."""
@@ -196,10 +211,9 @@ class MetaSink:
         for writer, part in zip(self._writers, parts, strict=True):
             writer.write(stored, part)
 
-    def finish(self) -> None:
-        """Completes the files."""
-        for writer in self._writers:
-            writer.__exit__(None, None, None)
+    def __exit__(self, *error: Any) -> None:
+        """Completes the files, or removes them after an exception."""
+        self._stack.__exit__(*error)
 
 
 def file_specs(config: LlamaConfig, dtypes: dict[str, np.dtype], files: int) -> dict[str, TensorSpec]:

@@ -1,6 +1,6 @@
 """What every form of checkpoint offers to whoever reads it, and the strict checks they share."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -83,7 +83,7 @@ def parameter_dtypes(where: str, config: LlamaConfig, specs: Mapping[layout.Weig
         dtype = specs[name, layer].dtype
         if dtype not in WEIGHT_DTYPES.values():
             raise UserError(
-                f"{where}: {name} of layer {layer} is {dtype}; weights are {', '.join(WEIGHT_DTYPES)}. "
+                f"{where}: {layout.title(name, layer)} is {dtype}; weights are {', '.join(WEIGHT_DTYPES)}. "
                 "A quantised checkpoint cannot be converted; take the one it was made from"
             )
         if dtypes.setdefault(name, dtype) != dtype:
@@ -154,6 +154,23 @@ def kv_heads(where: str, config: LlamaConfig, stored: int, overrides: Overrides,
         )
     notes.append(f"{stored} stored key/value heads are folded to {heads}; every copy is checked to be equal")
     return replace(config, n_kv_heads=heads)
+
+
+def note_repeated_heads(config: LlamaConfig, read: Callable[[str], np.ndarray], notes: list[str]) -> None:
+    """Adds a line if every query head has a key/value head of its own and these are copies of fewer.
+
+    Args:
+      config: as it was read.
+      read: gives the first layer's matrix of a name as it is stored.
+      notes: gets the line.
+    """
+    if not config.n_kv_heads == config.n_heads > 1:
+        return
+    times = layout.repeats(read("layers.wk_DKH"), config.head_dim)
+    if times > 1 and layout.repeats(read("layers.wv_DKH"), config.head_dim) == times:
+        notes.append(
+            f"in layer 0 each key/value head is there {times} times: --fold-kv-heads {config.n_kv_heads // times} folds them"
+        )
 
 
 def _some(names: list[str]) -> str:

@@ -7,7 +7,6 @@ arrays in Meta's names and layout.
 import json
 import struct
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import ml_dtypes
@@ -22,6 +21,7 @@ from llama_jax.text.tokenizer import Tokenizer
 from tests.parity.numpy_llama import random_weights, to_hf
 
 FLOAT32 = np.dtype("f4")
+FLOAT16 = np.dtype("f2")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 State = dict[str, np.ndarray]
 
@@ -34,7 +34,7 @@ META_SPLIT = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, 
 
 _TYPES = {
     FLOAT32: "F32",
-    np.dtype("f2"): "F16",
+    FLOAT16: "F16",
     BFLOAT16: "BF16",
     np.dtype("i1"): "I8",
     np.dtype("f8"): "F64",
@@ -53,9 +53,28 @@ def mixed(state: State) -> State:
     return {name: w.astype("f4" if "norm" in name else BFLOAT16) for name, w in state.items()}
 
 
-@cache
-def tokenizer_bytes(folder: Path) -> bytes:
-    """A tokenizer of CONFIG's size, trained once for a folder."""
+def meta_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a state."""
+    c = config
+    queries, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    block = {
+        "attention_norm": (c.dim,),
+        "attention.wq": (queries, c.dim),
+        "attention.wk": (keys, c.dim),
+        "attention.wv": (keys, c.dim),
+        "attention.wo": (c.dim, queries),
+        "ffn_norm": (c.dim,),
+        "feed_forward.w1": (c.ffn_dim, c.dim),
+        "feed_forward.w2": (c.dim, c.ffn_dim),
+        "feed_forward.w3": (c.ffn_dim, c.dim),
+    }
+    layers = {f"layers.{i}.{part}.weight": shape for i in range(c.n_layers) for part, shape in block.items()}
+    head = {} if c.tie_embeddings else {"output.weight": (c.vocab_size, c.dim)}
+    return {"tok_embeddings.weight": (c.vocab_size, c.dim), **layers, "norm.weight": (c.dim,), **head}
+
+
+def train_tokenizer(folder: Path) -> bytes:
+    """A tokenizer of CONFIG's size."""
     return Tokenizer.train([_TEXT] * 4, folder / "trained.model", vocab_size=CONFIG.vocab_size).model_bytes
 
 
@@ -156,6 +175,18 @@ def split_meta(state: State, files: int, vocabulary: bool = False) -> list[State
     return parts
 
 
+def write_params(folder: Path, config: LlamaConfig, **changes: object) -> None:
+    """params.json as the reference's training wrote it; its vocabulary is -1 where the tokenizer decides it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "norm_eps": config.norm_eps}
+    params |= {"n_kv_heads": config.n_kv_heads, "vocab_size": -1}
+    # Half a unit above the wanted width, which the rule truncates away.
+    params |= {"multiple_of": 1, "ffn_dim_multiplier": (config.ffn_dim + 0.5) / int(8 * config.dim / 3)}
+    if config.rope_theta != 10_000:
+        params["rope_theta"] = config.rope_theta
+    (folder / "params.json").write_text(json.dumps(params | changes))
+
+
 def write_meta(
     folder: Path,
     state: State,
@@ -171,11 +202,7 @@ def write_meta(
     folder.mkdir(parents=True, exist_ok=True)
     for i, part in enumerate(split_meta(state, files, vocabulary)):
         write_torch(folder / f"consolidated.{i:02}.pth", part | (extra or {}))
-    params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "norm_eps": config.norm_eps}
-    params |= {"n_kv_heads": config.n_kv_heads, "vocab_size": -1}
-    # Half a unit above the wanted width, which the rule truncates away.
-    params |= {"multiple_of": 1, "ffn_dim_multiplier": (config.ffn_dim + 0.5) / int(8 * config.dim / 3)}
-    (folder / "params.json").write_text(json.dumps(params | changes))
+    write_params(folder, config, **changes)
     if tokenizer is not None:
         (folder / "tokenizer.model").write_bytes(tokenizer)
     return folder
@@ -216,14 +243,47 @@ def write_llama2c(path: Path, state: State, config: LlamaConfig = CONFIG, versio
     return path
 
 
+def write_form(
+    form: str, folder: Path, state: State, config: LlamaConfig = CONFIG, *, tokenizer: bytes | None = None
+) -> Path:
+    """A folder of any foreign form."""
+    if form == "llama2c":
+        write_llama2c(folder / "model.bin", state, config)
+        if tokenizer is not None:
+            (folder / "tokenizer.model").write_bytes(tokenizer)
+        return folder
+    return {"hf": write_hf, "meta": write_meta}[form](folder, state, config, tokenizer=tokenizer)
+
+
+def write_hollow_hf(folder: Path, config: LlamaConfig, **changes: object) -> Path:
+    """A Hugging Face folder of any size, in float16: the file is a hole behind its header and takes no room on the disk."""
+    folder.mkdir(parents=True)
+    shapes = to_hf({name: np.broadcast_to(np.float16(0), shape) for name, shape in meta_shapes(config).items()}, config)
+    header, end = {}, 0
+    for name, w in shapes.items():
+        begin, end = end, end + 2 * w.size
+        header[name] = {"dtype": "F16", "shape": list(w.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(hf_fields(config) | changes))
+    return folder
+
+
+def read_file(path: Path) -> State:
+    """Every tensor of one file."""
+    reader = (SafetensorsReader if path.suffix == ".safetensors" else TorchReader)(path)
+    return {name: reader.read(name) for name in reader.specs}
+
+
 def read_tensors(folder: Path) -> State:
     """Every tensor of a Hugging Face folder, or of a Meta folder with one file."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pth")])
     result: State = {}
-    for path in files:
-        reader = (SafetensorsReader if path.suffix == ".safetensors" else TorchReader)(path)
-        assert not result.keys() & reader.specs.keys()
-        result |= {name: reader.read(name) for name in reader.specs}
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pth")]):
+        held = read_file(path)
+        assert not result.keys() & held.keys()
+        result |= held
     return result
 
 
