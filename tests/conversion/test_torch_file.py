@@ -197,6 +197,27 @@ def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
     assert error.value is full and not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files with setrlimit")
+def test_a_disk_that_fills_up_half_way_is_noticed(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    code = """
+import resource, signal, sys
+import numpy as np
+from llama_jax.conversion.tensor_files import TensorSpec
+from llama_jax.conversion.torch_file import TorchWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+array = np.zeros(4 * 10**5, "u1")
+specs = {name: TensorSpec(array.shape, array.dtype) for name in "abcd"}
+with TorchWriter(sys.argv[1], specs) as writer:
+    for name in specs:
+        writer.write(name, array)
+"""
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "a.pth"], capture_output=True, text=True)
+    assert "OSError: [Errno 27] File too large" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_dtypes_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot hold a of dtype uint16"):
         TorchWriter(tmp_path / "a.pth", specs_of({"a": np.zeros(2, "u2")}))
