@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +129,9 @@ def convert(
         _sink(to, folder, opened, dtypes, output) as sink,
         _progress(report["bytes"], f"{opened.form} to {to}") as advance,
     ):
-        for name, layer in sink.order:
-            weight = cast(opened.read(name, layer), dtypes[name], layout.title(name, layer))
-            sink.write(name, layer, weight)
-            del weight  # unmapped before the next one is mapped
+        for name, layer, weight in _read_ahead(opened, sink.order):
+            sink.write(name, layer, cast(weight, dtypes[name], layout.title(name, layer)))
+            del weight  # before the next but one is read
             advance(sizes[name])
         opened.finish()
     return report | {"written": True}
@@ -171,6 +171,18 @@ def _prepare(
         "notes": opened.notes,
     }
     return report, opened, dtypes
+
+
+def _read_ahead(opened: Source, order: list[layout.Weight]) -> Iterator[tuple[str, int | None, np.ndarray]]:
+    """The weights in order; the next is read while the caller works on one, so that two are in memory."""
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(opened.read, *order[0])
+        for i, (name, layer) in enumerate(order):
+            weight = reading.result()
+            if i + 1 < len(order):
+                reading = reader.submit(opened.read, *order[i + 1])
+            yield name, layer, weight
+            del weight
 
 
 def cast(weight: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
