@@ -12,8 +12,10 @@ from llama_jax.conversion import layout, source
 from llama_jax.conversion.safetensors_file import SafetensorsReader, SafetensorsWriter
 from llama_jax.conversion.source import Overrides
 from llama_jax.conversion.tensor_files import TensorReader, TensorSpec
+from llama_jax.conversion.tokenizer_json import tokenizer_config, tokenizer_json
 from llama_jax.conversion.torch_file import TorchReader
 from llama_jax.errors import UserError
+from llama_jax.text.tokenizer import Tokenizer
 
 ASSETS = (
     source.TOKENIZER,
@@ -61,7 +63,7 @@ class HuggingFaceSource:
             if name in _KV:
                 expected = (stored * config.head_dim, expected[1])
             source.check_shape(self._where, _hf_name(name, layer), spec.shape, expected)
-        self.dtypes = source.parameter_dtypes(self._where, self.config, specs)
+        self.dtypes = source.parameter_dtypes(self._where, self.config, specs, _hf_name)
         if not overrides.fold_kv_heads:
             source.note_repeated_heads(self.config, lambda name: self._matrix(name, 0), self.notes)
 
@@ -143,10 +145,12 @@ def config_from_hf(fields: dict[str, Any], where: str) -> LlamaConfig:
     if fields.get("model_type") != "llama":
         raise UserError(f"{where}/config.json is of model_type {fields.get('model_type')!r}; expected 'llama'")
     required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    if missing := [name for name in required if name not in fields]:
+    if missing := [name for name in required if fields.get(name) is None]:
         raise UserError(
             f"{where}/config.json does not say {', '.join(missing)}; take the one of the original checkpoint"
         )
+    optional = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+    source.check_numbers(f"{where}/config.json", fields, (*required, *optional), ("rms_norm_eps", "rope_theta"))
     unlike = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
     for name, llama in unlike.items():
         if (value := fields.get(name, llama)) != llama:
@@ -154,6 +158,12 @@ def config_from_hf(fields: dict[str, Any], where: str) -> LlamaConfig:
                 f"{where}/config.json has {name} {value!r}; a Llama has {llama!r}, and only that can be read"
             )
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(
+            f"{where}/config.json has a rotary embedding {rope!r}; expected a table of rope_type and the like"
+        )
+    real = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    source.check_numbers(f"{where}/config.json", rope, (), real)
     heads = fields["num_attention_heads"]
     return LlamaConfig(
         dim=fields["hidden_size"],
@@ -215,7 +225,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing; a checkpoint in this form has one beside its weights") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); copy or download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a JSON object")
@@ -270,10 +280,11 @@ def _open_shards(folder: Path, index: Path, open_file: Any) -> dict[str, TensorR
                 f"{folder} lacks {file}, one of the {len(files)} files that {index.name} names; download it again"
             )
     readers = {file: open_file(folder / file) for file in files}
-    held = {name: reader for reader in readers.values() for name in reader.specs}
     if strays := [name for name, file in listed.items() if name not in readers[file].specs]:
         raise UserError(f"{folder}: {index.name} says that {listed[strays[0]]} holds {strays[0]}, and it does not")
-    return held
+    return {name: reader for reader in readers.values() for name in reader.specs} | {
+        name: readers[file] for name, file in listed.items()
+    }
 
 
 def file_specs(config: LlamaConfig, dtypes: dict[str, np.dtype]) -> dict[str, dict[str, TensorSpec]]:
@@ -301,31 +312,21 @@ def _write_index(folder: Path, files: dict[str, dict[str, TensorSpec]]) -> None:
 
 def _assets(config: LlamaConfig, dtypes: dict[str, np.dtype], assets: dict[str, bytes]) -> dict[str, bytes]:
     """The small files: those that came along, and where there were none, what a Llama 2 folder has."""
-    defaults: dict[str, Any] = {
-        "generation_config.json": {
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "do_sample": True,
-            "temperature": 0.6,
-            "top_p": 0.9,
-        }
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    made: dict[str, dict[str, Any]] = {
+        "generation_config.json": ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     }
-    if source.TOKENIZER in assets:
-        defaults["tokenizer_config.json"] = {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "clean_up_tokenization_spaces": False,
-            "legacy": False,
-            "model_max_length": config.context_length,
-        }
+    if source.TOKENIZER in assets and not assets.keys() & {"tokenizer.json", "tokenizer_config.json"}:
+        tokenizer = Tokenizer(assets[source.TOKENIZER])
+        made["tokenizer.json"] = tokenizer_json(tokenizer)
+        made["tokenizer_config.json"] = tokenizer_config(tokenizer, config.context_length)
     came = json.loads(assets.get("config.json", b"{}"))
     # What decides the function is ours; what else the source's file said, such as its special ids, stays.
     stale = ("dtype", "rope_parameters", "transformers_version")
-    kept = {"bos_token_id": 1, "eos_token_id": 2} | {name: came[name] for name in came if name not in stale}
-    defaults_json = {name: (json.dumps(fields, indent=2) + "\n").encode() for name, fields in defaults.items()}
-    written = kept | config_to_hf(config, dtypes["layers.wq_DNH"])
-    return defaults_json | assets | {"config.json": (json.dumps(written, indent=2) + "\n").encode()}
+    kept = ids | {name: came[name] for name in came if name not in stale}
+    config_json = {"config.json": kept | config_to_hf(config, dtypes["layers.wq_DNH"])}
+    return _as_files(made) | assets | _as_files(config_json)
+
+
+def _as_files(contents: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+    return {name: (json.dumps(fields, indent=2) + "\n").encode() for name, fields in contents.items()}
