@@ -1,7 +1,9 @@
 """One form of checkpoint to another, an array at a time: memory does not grow with the model."""
 
 import dataclasses
+import errno
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from llama_jax.conversion.source import Overrides, Source
 from llama_jax.errors import UserError
 
 Form = Literal["hf", "meta", "ours", "llama2c"]
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SOURCES = {"hf": HuggingFaceSource, "meta": MetaSource, "ours": OurSource, "llama2c": Llama2cSource}
 
 
@@ -91,6 +94,10 @@ def open_source(path: str | Path, form: Form | None = None, overrides: Overrides
         raise UserError(f"{path} does not exist; name a checkpoint's folder")
     try:
         return _SOURCES[form](path, overrides)
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:  # a field of a JSON file that is not what it should be
         raise UserError(
             f"{path} cannot be read as {form}: {type(error).__name__}: {error}; is it another form?"
@@ -154,6 +161,8 @@ def _prepare(
     src: str | Path, dst: str | Path, to: Form, form: Form | None, output: Output, overrides: Overrides
 ) -> tuple[dict[str, Any], Source, dict[str, np.dtype]]:
     dst = Path(dst)
+    if dst.name in ("", ".."):
+        raise UserError(f"{dst} has no name of its own, under which to appear when it is whole; name a new folder")
     opened = open_source(src, form, overrides)
     dtypes = _dtypes(opened, output.dtype)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
@@ -239,8 +248,15 @@ def _whole(dst: Path, size: int) -> Iterator[Path]:
         if dst.exists():
             dst.rmdir()
         temporary.rename(dst)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        # By text, because TensorStore and Orbax wrap what the system said in exceptions of their own.
+        refused = [reason for reason in map(os.strerror, _NO_ROOM) if reason in str(error)]
+        if refused and not isinstance(error, UserError):
+            raise UserError(
+                f"{dst} could not be written ({refused[0]}), and nothing of it is left; it takes {size / 1e9:.1f} GB: "
+                "free some space, or name a folder on another disk"
+            ) from error
         raise
 
 

@@ -51,7 +51,9 @@ class HuggingFaceSource:
             del self._readers[name]  # a buffer that older versions saved; it is computed from the configuration
         source.check_tying(self._where, config)
         self._check_head(config)
-        stored = self._specs(["layers.wk_DKH"], config)["layers.wk_DKH", 0].shape[0] // config.head_dim
+        keys = self._specs(["layers.wk_DKH"], config)["layers.wk_DKH", 0].shape
+        source.check_rank(self._where, _hf_name("layers.wk_DKH", 0), keys, 2)
+        stored = keys[0] // config.head_dim
         config = source.kv_heads(self._where, config, stored, overrides, self.notes)
         if overrides.context_length:
             config = replace(config, context_length=overrides.context_length)
@@ -228,7 +230,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); copy or download it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+        raise UserError(f"{path} holds a {type(content).__name__}; expected a JSON object: copy or download it again")
     return content
 
 

@@ -59,7 +59,7 @@ class MetaSource:
             if name in _KV:
                 expected = (self._stored_kv * self.config.head_dim, expected[1])
             source.check_shape(self._where, _meta_name(name, layer), spec.shape, expected)
-        self.dtypes = source.parameter_dtypes(self._where, self.config, specs)
+        self.dtypes = source.parameter_dtypes(self._where, self.config, specs, _meta_name)
         if not overrides.fold_kv_heads:
             source.note_repeated_heads(self.config, lambda name: self._matrix(name, 0), self.notes)
 
@@ -87,8 +87,11 @@ class MetaSource:
     def _config(self, params: dict[str, Any], overrides: Overrides, is_llama1: bool) -> LlamaConfig:
         """The architecture: from params.json, and where it is silent from the shapes of the tensors."""
         required = ("dim", "n_layers", "n_heads", "norm_eps")
-        if missing := [name for name in required if name not in params]:
+        if missing := [name for name in required if params.get(name) is None]:
             raise UserError(f"{self._where}/params.json does not say {', '.join(missing)}; take the original one")
+        whole = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of")
+        real = ("norm_eps", "ffn_dim_multiplier", "rope_theta")
+        source.check_numbers(f"{self._where}/params.json", params, whole, real)
         dim, heads = params["dim"], params["n_heads"]
         by_rule = feed_forward_dim(dim, params.get("multiple_of", 256), params.get("ffn_dim_multiplier"))
         config = LlamaConfig(
@@ -100,7 +103,7 @@ class MetaSource:
             vocab_size=self._vocab_size(dim),
             context_length=_DEFAULT_CONTEXT,
             head_dim=dim // heads,
-            rope_theta=float(params.get("rope_theta", 10_000.0)),
+            rope_theta=float(params.get("rope_theta") or 10_000.0),
             rope_scaling=RopeScaling() if params.get("use_scaled_rope") else None,
             norm_eps=params["norm_eps"],
         )
@@ -139,7 +142,9 @@ class MetaSource:
         stored = _meta_name(name, 0 if layout.is_stacked(name) else None)
         if stored not in self._files[file].specs:
             raise UserError(f"{self._files[file].path} lacks {stored}; it is no Llama of Meta's form, or not whole")
-        return self._files[file].specs[stored]
+        spec = self._files[file].specs[stored]
+        source.check_rank(self._where, stored, spec.shape, 2)
+        return spec
 
     def _split_axis(self, name: str, part: tuple[int, ...]) -> int | None:
         # Llama 3 splits the embedding along the vocabulary, Llama 1 and 2 along its width.
@@ -152,6 +157,7 @@ class MetaSource:
         parts = [file.specs[stored] for file in self._files]
         if any(part != parts[0] for part in parts):
             raise UserError(f"{self._where}: {stored} is {parts} in its {len(parts)} files; they must be alike")
+        source.check_rank(self._where, stored, parts[0].shape, len(layout.matrix_shape(self.config, name)))
         shape, split = list(parts[0].shape), self._split_axis(name, parts[0].shape)
         if split is not None:
             shape[split] *= len(parts)

@@ -1,8 +1,9 @@
 """What every form of checkpoint offers to whoever reads it, and the strict checks they share."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -72,8 +73,30 @@ def check_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[i
         )
 
 
-def parameter_dtypes(where: str, config: LlamaConfig, specs: Mapping[layout.Weight, TensorSpec]) -> dict[str, np.dtype]:
-    """The dtype of each parameter, which all its layers must share.
+def check_rank(where: str, name: str, found: tuple[int, ...], rank: int) -> None:
+    """Raises UserError unless a tensor has so many axes; for what is looked at before its shape is known."""
+    if len(found) != rank:
+        raise UserError(
+            f"{where}: {name} has shape {found} where a Llama's has {rank} axes; the file is another model's"
+        )
+
+
+def check_numbers(path: str, fields: Mapping[str, Any], whole: Iterable[str], real: Iterable[str]) -> None:
+    """Raises UserError unless these fields of a JSON file are whole and real numbers above zero, where they are not null or absent."""
+    kinds = dict.fromkeys(whole, (int,)) | dict.fromkeys(real, (int, float))
+    for name, types in kinds.items():
+        value = fields.get(name)
+        if value is not None and (type(value) not in types or not 0 < value < math.inf):
+            raise UserError(
+                f"{path} has {name} {value!r}; expected a {'whole ' * (len(types) == 1)}number above zero: "
+                "take the original checkpoint's file"
+            )
+
+
+def parameter_dtypes(
+    where: str, config: LlamaConfig, specs: Mapping[layout.Weight, TensorSpec], stored: Callable[..., str]
+) -> dict[str, np.dtype]:
+    """The dtype of each parameter, which all its layers must share; `stored` gives a weight's name in the file.
 
     Raises:
       UserError: a tensor holds something else than floating-point weights, or a layer differs from the first.
@@ -83,12 +106,12 @@ def parameter_dtypes(where: str, config: LlamaConfig, specs: Mapping[layout.Weig
         dtype = specs[name, layer].dtype
         if dtype not in WEIGHT_DTYPES.values():
             raise UserError(
-                f"{where}: {layout.title(name, layer)} is {dtype}; weights are {', '.join(WEIGHT_DTYPES)}. "
+                f"{where}: {stored(name, layer)} is {dtype}; weights are {', '.join(WEIGHT_DTYPES)}. "
                 "A quantised checkpoint cannot be converted; take the one it was made from"
             )
         if dtypes.setdefault(name, dtype) != dtype:
             raise UserError(
-                f"{where}: {name} is {dtypes[name]} in the first layer and {dtype} in layer {layer}; "
+                f"{where}: {stored(name, layer)} is {dtype} and {stored(name, 0)} {dtypes[name]}; "
                 "one parameter has one dtype in all layers"
             )
     return dtypes
@@ -142,7 +165,7 @@ def kv_heads(where: str, config: LlamaConfig, stored: int, overrides: Overrides,
     heads = overrides.fold_kv_heads or config.n_kv_heads
     if stored == heads:
         return replace(config, n_kv_heads=heads)
-    if stored % heads or stored > config.n_heads:
+    if not heads <= stored <= config.n_heads or stored % heads:
         raise UserError(
             f"{where} holds {stored} key/value heads, which are not a repetition of {heads}; "
             f"its configuration says {config.n_kv_heads}"
