@@ -31,6 +31,8 @@ from llama_jax.training.step import TrainState
 
 VERSIONED = ("llama_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 
+CHUNK_BYTES = 16 * 2**20
+
 log = logging.getLogger(__name__)
 
 
@@ -72,9 +74,12 @@ class Checkpoints:
             "versions": installed_versions(),
         }
         items["tokenizer"] = {"sentencepiece": np.frombuffer(tokenizer.model_bytes, np.uint8)}
-        self._saving = self._orbax.save_checkpointables_async(
-            int(state.step), items, force=True, custom_metadata=metadata
-        )
+        context = ocp.Context()
+        context.array.saving.scoped_storage_options_creator = _in_chunks
+        with context:
+            self._saving = self._orbax.save_checkpointables_async(
+                int(state.step), items, force=True, custom_metadata=metadata
+            )
 
     def wait(self) -> None:
         """Blocks until the save under way is on disk, and raises what it failed with."""
@@ -225,6 +230,13 @@ def load_files(folder: Path, item: str) -> dict[str, bytes]:
     wanted = {name: np.empty(array.shape, np.uint8) for name, array in stored.items()}
     loaded = ocp.load_checkpointables(folder.resolve(), {item: wanted})[item]
     return {name: np.asarray(content).tobytes() for name, content in loaded.items()}
+
+
+def _in_chunks(path: Any, array: Any) -> Any:
+    """A layer's matrix to a chunk: conversion reads layer by layer, and a reader on another mesh what it needs."""
+    if array.ndim < 3:  # what is not a stack of matrices is read whole
+        return None
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
 
 
 def _as_stored(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
