@@ -23,7 +23,7 @@ from llama_jax.errors import UserError
 from llama_jax.generation.cache import Cache, init_cache
 from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill
 from llama_jax.generation.scoring import Score, rounded_up, score_tokens
-from llama_jax.model.transformer import Transformer
+from llama_jax.model.transformer import Transformer, layers_apart
 from llama_jax.parallel.mesh import make_mesh, ways
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -68,7 +68,8 @@ class Llama:
         self._mesh = layout.mesh if isinstance(layout, NamedSharding) else None
         platform = next(iter(layout.device_set)).platform
         self.dtype = jnp.dtype(compute_dtype or _fast_dtype(platform))
-        self.model = model if model.embedding_VD.dtype == self.dtype else jax.jit(lambda m: m.cast(self.dtype))(model)
+        model = model if model.embedding_VD.dtype == self.dtype else jax.jit(lambda m: m.cast(self.dtype))(model)
+        self.model = layers_apart(model) if platform == "cpu" and len(layout.device_set) == 1 else model
         self.tokenizer = tokenizer
 
     @classmethod
@@ -279,8 +280,11 @@ class Llama:
         """The prompts in a cache with `room` slots or more, and the logits behind each prompt's last token."""
         longest = max(map(len, prompts))
         T = min(rounded_up(longest, least=16), PREFILL_CHUNK)
-        slots = min(rounded_up(room, least=64), self.model.config.context_length)
-        cache = init_cache(self.model.config, len(prompts), slots, self.dtype)
+        slots = rounded_up(room, least=64)
+        slots = slots * 3 // 4 if room <= slots * 3 // 4 else slots  # every slot is read at every token
+        slots = min(slots, self.model.config.context_length)
+        apart = isinstance(self.model.layers, tuple)
+        cache = init_cache(self.model.config, len(prompts), slots, self.dtype, apart)
         logits_BV = None
         for start in range(0, longest, T):
             pieces = [ids[start : start + T] for ids in prompts]

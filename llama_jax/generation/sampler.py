@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.generation.cache import Cache, write
+from llama_jax.generation.cache import Cache, extend
 from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import constrain
 
@@ -133,10 +133,10 @@ def prefill(model: Transformer, tokens_BT: jax.Array, count_B: jax.Array, cache:
     Returns:
       the cache, and float32 logits (B, V) behind each row's last real token (without meaning where there is none).
     """
-    x_BTD, k_LBTKH, v_LBTKH = model.extend(tokens_BT, *cache)
+    x_BTD, cache = extend(model, tokens_BT, count_B, cache)
     last_B = jnp.maximum(count_B - 1, 0)
     x_B1D = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
-    return write(cache, k_LBTKH, v_LBTKH, count_B), model.logits(x_B1D)[:, 0]
+    return cache, model.logits(x_B1D)[:, 0]
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -184,8 +184,7 @@ def decode(
 
     def step(carry: tuple) -> tuple:
         i, (cache, token_B, left_B, key_B), (tokens_BT, log_probs_BT) = carry
-        x_BTD, k_LBTKH, v_LBTKH = model.extend(token_B[:, None], *cache)
-        cache = write(cache, k_LBTKH, v_LBTKH, (left_B > 0).astype(jnp.int32))
+        x_BTD, cache = extend(model, token_B[:, None], (left_B > 0).astype(jnp.int32), cache)
         state, token_B, log_prob_B = _draw(model.logits(x_BTD)[:, 0], cache, left_B, key_B, sampling, eos_id)
         return i + 1, state, (tokens_BT.at[:, i].set(token_B), log_probs_BT.at[:, i].set(log_prob_B))
 

@@ -177,47 +177,67 @@ def _mask(positions_T, segments, S) -> jax.Array:
 
 def attend_with_cache(
     q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    cached_k_BSKH: jax.Array,
-    cached_v_BSKH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    cached_k_BKSH: jax.Array,
+    cached_v_BKSH: jax.Array,
     length_B: jax.Array,
 ) -> jax.Array:
     """Attention of T new tokens to the first `length_B` cached ones and, causally, to each other.
 
-    The two parts are scored apart and share one softmax, so that the cache is read where it lies and never copied.
+    The two parts are scored apart and share one softmax, so that the cache is read where it lies and never copied. Heads come before positions, so
+    that a matmul reads a head's keys in one piece.
 
     Args:
       q_BTNH: rotated queries of the new tokens.
-      k_BTKH, v_BTKH: rotated keys and values of the new tokens.
-      cached_k_BSKH, cached_v_BSKH: the cache.
+      k_BKTH, v_BKTH: rotated keys and values of the new tokens.
+      cached_k_BKSH, cached_v_BKSH: the cache.
       length_B: int32, filled slots of the cache, per sequence.
 
     Returns:
       (B, T, N, H) in q's dtype.
     """
-    S, T = cached_k_BSKH.shape[1], q_BTNH.shape[1]
-    q_BTKGH = _group(q_BTNH, k_BTKH.shape[2])
+    S, T = cached_k_BKSH.shape[2], q_BTNH.shape[1]
+    q_BKGTH = _by_head(q_BTNH, cached_k_BKSH.shape[1])
     filled_BS = jnp.arange(S) < length_B[:, None]
-    old = jnp.where(filled_BS[:, None, None, None], _scores(q_BTKGH, cached_k_BSKH), MASKED)
-    new = jnp.where(jnp.tril(jnp.ones((T, T), bool)), _scores(q_BTKGH, k_BTKH), MASKED)
+    old = jnp.where(filled_BS[:, None, None, None], _scores(q_BKGTH, cached_k_BKSH), MASKED)
+    new = jnp.where(jnp.tril(jnp.ones((T, T), bool)), _scores(q_BKGTH, k_BKTH), MASKED)
     # A token always sees itself, so the maximum is a real score and the denominator at least one.
     top = jnp.maximum(old.max(-1, keepdims=True, initial=MASKED), new.max(-1, keepdims=True))
     old, new = jnp.exp(old - top), jnp.exp(new - top)
     total = old.sum(-1, keepdims=True) + new.sum(-1, keepdims=True)
-    dtype = v_BTKH.dtype
-    heads = jnp.einsum("BKGTS,BSKH->BTKGH", (old / total).astype(dtype), cached_v_BSKH)
-    heads = heads + jnp.einsum("BKGTS,BSKH->BTKGH", (new / total).astype(dtype), v_BTKH)
-    return heads.reshape(q_BTNH.shape)
+    heads_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", (old / total).astype(v_BKTH.dtype), cached_v_BKSH)
+    heads_BKGTH += jnp.einsum("BKGTS,BKSH->BKGTH", (new / total).astype(v_BKTH.dtype), v_BKTH)
+    return heads_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
-def _group(q_BTNH: jax.Array, n_kv_heads: int) -> jax.Array:
-    """Splits query heads by the key/value head they read: (B, T, K, G, H)."""
+def _by_head(q_BTNH: jax.Array, n_kv_heads: int) -> jax.Array:
+    """Query heads by the key/value head they read, before positions: (B, K, G, T, H)."""
     B, T, N, H = q_BTNH.shape
-    return q_BTNH.reshape(B, T, n_kv_heads, N // n_kv_heads, H)
+    return q_BTNH.reshape(B, T, n_kv_heads, N // n_kv_heads, H).transpose(0, 2, 3, 1, 4)
 
 
-def _scores(q_BTKGH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
     """Scaled scores (B, K, G, T, S), accumulated and kept in float32."""
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    return scores * q_BTKGH.shape[-1] ** -0.5
+    return _einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH) * q_BKGTH.shape[-1] ** -0.5
+
+
+def attend_to_cache(
+    q_BTNH: jax.Array, cached_k_BKSH: jax.Array, cached_v_BKSH: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+    """Attention of new tokens to a cache that their own keys and values stand in already.
+
+    Args:
+      q_BTNH: rotated queries.
+      cached_k_BKSH, cached_v_BKSH: the cache.
+      positions_BT: int32; a query sees the slots up to its own position.
+
+    Returns:
+      (B, T, N, H) in q's dtype.
+    """
+    q_BKGTH = _by_head(q_BTNH, cached_k_BKSH.shape[1])
+    seen_BTS = jnp.arange(cached_k_BKSH.shape[2]) <= positions_BT[..., None]
+    scores = jnp.where(seen_BTS[:, None, None], _scores(q_BKGTH, cached_k_BKSH), MASKED)
+    weights = jax.nn.softmax(scores).astype(cached_v_BKSH.dtype)
+    heads_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights, cached_v_BKSH)
+    return heads_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)

@@ -10,6 +10,7 @@ instead of flattened.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,7 +38,9 @@ class Param:
 
 
 class Block(nnx.Module):
-    """One transformer block; in a `Transformer` every array carries a leading layer axis, which the scan takes off."""
+    """One transformer block; where a `Transformer` stacks its blocks, every array carries a leading layer axis, which the
+    scan takes off.
+    """
 
     def __init__(self, config: LlamaConfig, make: Callable[[Param], Any]):
         c, n = config, config.n_layers
@@ -72,7 +75,10 @@ class Block(nnx.Module):
 
     def finish(self, x_BTD: jax.Array, heads_BTNH: jax.Array, eps: float) -> jax.Array:
         """Adds the attention output and then the feed-forward to the residual stream."""
-        x_BTD = x_BTD + per_token("BTNH,NHD->BTD", heads_BTNH, self.wo_NHD)
+        # One axis instead of two to sum over: XLA on CPU would copy both sides into another order first. (A quantised
+        # weight's scale has the output axis alone, which stays the last.)
+        wo_AD = jax.tree.map(lambda w: w.reshape(-1, w.shape[-1]), self.wo_NHD)
+        x_BTD = x_BTD + per_token("BTA,AD->BTD", heads_BTNH.reshape(*x_BTD.shape[:2], -1), wo_AD)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         h_BTD = rms_norm(x_BTD, self.ffn_norm_D, eps)
         gate_BTF = per_token("BTD,DF->BTF", h_BTD, self.w_gate_DF)
@@ -142,11 +148,16 @@ class Transformer(nnx.Module):
             heads_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, implementation=compute.attention)
             return weights.finish(x_BTD, heads_BTNH, c.norm_eps), None
 
-        x_BTD, _ = jax.lax.scan(remat(block, compute.remat), model.embed(tokens_BT), model.layers)
+        x_BTD, block = model.embed(tokens_BT), remat(block, compute.remat)
+        if isinstance(model.layers, Block):
+            x_BTD, _ = jax.lax.scan(block, x_BTD, model.layers)
+        else:
+            for weights in model.layers:
+                x_BTD, _ = block(x_BTD, weights)
         return rms_norm(x_BTD, model.norm_D, c.norm_eps)
 
     def extend(
-        self, tokens_BT: jax.Array, k_LBSKH: jax.Array, v_LBSKH: jax.Array, length_B: jax.Array
+        self, tokens_BT: jax.Array, k_LBKSH: jax.Array, v_LBKSH: jax.Array, length_B: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Continues sequences whose earlier keys and values are cached.
 
@@ -155,28 +166,29 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_BT: int32, the next T tokens of every sequence.
-          k_LBSKH: cached keys, already rotated; their dtype is the dtype of the computation.
-          v_LBSKH: cached values.
+          k_LBKSH: cached keys, already rotated; their dtype is the dtype of the computation.
+          v_LBKSH: cached values.
           length_B: int32, slots of the cache that are filled; the new tokens stand at positions length_B, length_B +
             1, ...
 
         Returns:
-          the residual stream after the final norm (B, T, D), and the new keys and values (L, B, T, K, H).
+          the residual stream after the final norm (B, T, D), and the new keys and values (L, B, K, T, H).
         """
-        model, c = self.cast(k_LBSKH.dtype), self.config
+        model, c = self.cast(k_LBKSH.dtype), self.config
         positions_BT = length_B[:, None] + jnp.arange(tokens_BT.shape[1])
         rope = rope_table(c, positions_BT)
 
         def block(
             x_BTD: jax.Array, layer: tuple[Block, jax.Array, jax.Array]
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            weights, k_BSKH, v_BSKH = layer
+            weights, k_BKSH, v_BKSH = layer
             q_BTNH, k_BTKH, v_BTKH = weights.qkv(x_BTD, rope, c.norm_eps)
-            heads_BTNH = attend_with_cache(q_BTNH, k_BTKH, v_BTKH, k_BSKH, v_BSKH, length_B)
-            return weights.finish(x_BTD, heads_BTNH, c.norm_eps), (k_BTKH, v_BTKH)
+            k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+            heads_BTNH = attend_with_cache(q_BTNH, k_BKTH, v_BKTH, k_BKSH, v_BKSH, length_B)
+            return weights.finish(x_BTD, heads_BTNH, c.norm_eps), (k_BKTH, v_BKTH)
 
-        x_BTD, (k_LBTKH, v_LBTKH) = jax.lax.scan(block, model.embed(tokens_BT), (model.layers, k_LBSKH, v_LBSKH))
-        return rms_norm(x_BTD, model.norm_D, c.norm_eps), k_LBTKH, v_LBTKH
+        x_BTD, (k_LBKTH, v_LBKTH) = jax.lax.scan(block, model.embed(tokens_BT), (model.layers, k_LBKSH, v_LBKSH))
+        return rms_norm(x_BTD, model.norm_D, c.norm_eps), k_LBKTH, v_LBKTH
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Token embeddings (B, T, D), in the dtype of the embedding."""
@@ -205,6 +217,25 @@ class Transformer(nnx.Module):
         return jax.tree.map(
             lambda w: w if isinstance(w, Int8) else w.astype(dtype), self, is_leaf=lambda w: isinstance(w, Int8)
         )
+
+
+def layers_apart(model: Transformer) -> Transformer:
+    """The same model with a tuple of blocks, each with arrays of its own, in place of the stacked ones.
+
+    Its forward pass is a loop instead of a scan, so that compile time grows with depth. For CPUs, where a scan copies every
+    layer's weights before it reads them, which takes longer than decoding a token.
+    """
+
+    def apart(node: Any) -> Any:
+        if not isinstance(node, Block):
+            return node
+        return tuple(jax.tree.map(partial(_layer, i), node) for i in range(model.config.n_layers))
+
+    return jax.tree.map(apart, model, is_leaf=lambda node: isinstance(node, Block))
+
+
+def _layer(i: int, stacked: jax.Array) -> jax.Array:
+    return stacked[i]
 
 
 def per_token(spec: str, x: jax.Array, weight: jax.Array | Int8) -> jax.Array:

@@ -210,7 +210,10 @@ def test_a_mesh_changes_nothing(model, tokenizer, layout: str):
 
 
 def test_weights_are_cast_once(model, tokenizer):
-    assert Llama(model, tokenizer).model is model
+    same = Llama(model, tokenizer).model
+    assert same.embedding_VD is model.embedding_VD and same.head_DV is model.head_DV
+    # On a single CPU each layer's weights are arrays of their own.
+    assert len(same.layers) == 2 and np.array_equal(same.layers[1].wq_DNH, model.layers.wq_DNH[1])
     half = Llama(model, tokenizer, jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.model)} == {jnp.dtype(jnp.bfloat16)}
     assert len(half.generate([""], temperature=0, max_new_tokens=8)[0].ids) == 8

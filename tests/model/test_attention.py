@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.model.attention import attend_with_cache, best_implementation, causal_attention
+from llama_jax.model.attention import attend_to_cache, attend_with_cache, best_implementation, causal_attention
 
 # A length that is neither a multiple of a chunk nor of a kernel's block.
 B, T, H = 2, 200, 64
@@ -187,13 +187,22 @@ def test_cache_equals_the_whole_with_ragged_lengths(new):
     filled = np.arange(slots)[None, :, None, None] < lengths[:, None, None, None]
     cached_k, cached_v = (np.where(filled, x[:, :slots], 1e4).astype(np.float32) for x in (k, v))
     fresh = [np.stack([x[b, length : length + new] for b, length in enumerate(lengths)]) for x in (q, k, v)]
-    got = attend_with_cache(*fresh, cached_k, cached_v, lengths)
+    fresh_k, fresh_v, cached_k, cached_v = (x.swapaxes(1, 2) for x in (*fresh[1:], cached_k, cached_v))
+    got = attend_with_cache(fresh[0], fresh_k, fresh_v, cached_k, cached_v, lengths)
+    # The same where the new ones stand in the cache already.
+    positions_BT = lengths[:, None] + np.arange(new)
+    full_k, full_v = (np.pad(x, ((0, 0), (0, 0), (0, new), (0, 0)), constant_values=1e4) for x in (cached_k, cached_v))
+    for b, length in enumerate(lengths):
+        full_k[b, :, length : length + new], full_v[b, :, length : length + new] = fresh_k[b], fresh_v[b]
+    got_from_cache = attend_to_cache(fresh[0], full_k, full_v, positions_BT)
     for b, length in enumerate(lengths):
         whole = causal_attention(*(x[b : b + 1, : length + new] for x in (q, k, v)), implementation="xla")
         assert difference(got[b], np.asarray(whole[0, length:])) < 1e-6
+        assert difference(got_from_cache[b], np.asarray(whole[0, length:])) < 1e-6
 
 
 def test_an_empty_cache_without_slots_equals_the_whole():
     q, k, v, _ = make_inputs(length=7)
-    got = attend_with_cache(q, k, v, k[:, :0], v[:, :0], np.zeros(B, np.int32))
+    k_BKTH, v_BKTH = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    got = attend_with_cache(q, k_BKTH, v_BKTH, k_BKTH[:, :, :0], v_BKTH[:, :, :0], np.zeros(B, np.int32))
     assert difference(got, np.asarray(causal_attention(q, k, v, implementation="xla"))) < 1e-6

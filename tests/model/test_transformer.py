@@ -260,21 +260,21 @@ def test_a_model_is_a_value(model, tokens_BT):
 def test_extending_a_cache_piece_by_piece_equals_the_full_forward(model, tokens_BT):
     """Pieces of unequal length, rows of unequal fill: what a row's cache holds beyond its length must not matter."""
     c = CONFIG
-    k_LBSKH = jnp.full((c.n_layers, B, T + 8, c.n_kv_heads, c.head_dim), 1e3)
-    v_LBSKH = jnp.full_like(k_LBSKH, 1e3)
+    k_LBKSH = jnp.full((c.n_layers, B, c.n_kv_heads, T + 8, c.head_dim), 1e3)
+    v_LBKSH = jnp.full_like(k_LBKSH, 1e3)
     length_B = jnp.zeros(B, jnp.int32)
     extend = jax.jit(lambda model, *args: model.extend(*args))
     parts = []
     for start, stop in ((0, 5), (5, 6), (6, 17), (17, T)):
-        x_BTD, k, v = extend(model, tokens_BT[:, start:stop], k_LBSKH, v_LBSKH, length_B)
-        k_LBSKH = k_LBSKH.at[:, :, start:stop].set(k)
-        v_LBSKH = v_LBSKH.at[:, :, start:stop].set(v)
+        x_BTD, k, v = extend(model, tokens_BT[:, start:stop], k_LBKSH, v_LBKSH, length_B)
+        k_LBKSH = k_LBKSH.at[:, :, :, start:stop].set(k)
+        v_LBKSH = v_LBKSH.at[:, :, :, start:stop].set(v)
         length_B = length_B + (stop - start)
         parts.append(model.logits(x_BTD))
     assert_close(jnp.concatenate(parts, axis=1), logits(model, tokens_BT), 1e-5)
     # Rows of unequal length: the second row goes on from 9 tokens, the first from 17.
     lengths = np.array([17, 9])
     more = jnp.stack([tokens_BT[row, n : n + 3] for row, n in enumerate(lengths)])
-    x_BTD, _, _ = extend(model, more, k_LBSKH, v_LBSKH, jnp.asarray(lengths, jnp.int32))
+    x_BTD, _, _ = extend(model, more, k_LBKSH, v_LBKSH, jnp.asarray(lengths, jnp.int32))
     want = np.stack([np.asarray(logits(model, tokens_BT))[row, n : n + 3] for row, n in enumerate(lengths)])
     assert_close(model.logits(x_BTD), want, 1e-5)
