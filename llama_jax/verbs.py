@@ -94,24 +94,28 @@ def generate(argv: Sequence[str]) -> None:
         top_p: float = 0.9,
         top_k: int = 0,
         seed: int = 0,
+        int8: bool = False,
+        mesh: str | None = None,
     ) -> None:
         """Continue a text with a trained model. The continuation, and nothing else, goes to stdout as it is made.
 
         Examples:
           llama-jax generate runs/tiny "Once upon a time"
           llama-jax generate runs/tiny/checkpoints/400 "" --temperature 0 --max-new-tokens 50
+          llama-jax generate Llama-2-7b-hf "The capital of France is" --int8
           llama-jax generate runs/tiny -- "--a prompt that begins with a dash"
 
         Args:
-          checkpoint: A run's folder (its newest checkpoint is taken) or one checkpoint.
+          checkpoint: A run (its newest checkpoint is taken) or one checkpoint, a Hugging Face or Meta folder, a llama2.c file.
           prompt: The text to continue; an empty one starts from BOS.
           max_new_tokens: Stop after this many tokens, or at EOS.
           temperature: Divides the logits; 0 always takes the likeliest token.
           top_p: Draw from the likeliest tokens that together hold this probability; 1 for all.
           top_k: Draw from this many likeliest tokens; 0 for all.
           seed: The same seed gives the same text.
+          int8: Keep the weights in 8 bits, half the memory of bfloat16.
+          mesh: Devices to lie on, such as auto or tensor=4; one if not given.
         """
-        from llama_jax.conversion.load import load_model
         from llama_jax.generation.llama import Llama
 
         settings = {
@@ -121,8 +125,7 @@ def generate(argv: Sequence[str]) -> None:
             "top_k": top_k,
             "seed": seed,
         }
-        model, trained_with = load_model(checkpoint)
-        for piece in Llama(model, trained_with).stream(prompt, **settings):
+        for piece in Llama.load(checkpoint, mesh=mesh, int8=int8).stream(prompt, **settings):
             print(piece, end="", flush=True)
         if sys.stdout.isatty():
             print()  # keeps the shell's prompt off the last line; a pipe or a file gets the text alone

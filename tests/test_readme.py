@@ -28,17 +28,21 @@ def machine(tmp_path_factory):
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m llama_jax.cli "$@"\n')
     command.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)  # the suite's eight fake devices are nobody's machine
     return folder, environment
 
 
-@pytest.mark.parametrize("block", blocks("bash"))
-def test_bash_blocks_run(machine, block):
+def test_bash_and_python_blocks_run(machine):
+    """In the order of the text, in one folder: a block may use what an earlier one made."""
     folder, environment = machine
-    command = ["bash", "-euo", "pipefail", "-c", block]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-2000:]
+    for block in re.findall(r"^```(?:bash|python)\n.*?^```$", README, re.M | re.S):
+        language, code = block.strip("`").split("\n", 1)
+        shell = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        result = subprocess.run(
+            [*shell, code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert result.returncode == 0, f"{block}\n{result.stderr[-2000:]}"
 
 
 def test_there_are_bash_blocks_for_the_first_steps():

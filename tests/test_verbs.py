@@ -90,20 +90,17 @@ def test_bad_input(capsys, corpus, model, words, message):
 def test_generate_streams_the_text_and_nothing_else(capsys, monkeypatch):
     asked = {}
 
-    def load_model(checkpoint):
-        asked["checkpoint"] = checkpoint
-        return "the model", "its tokenizer"
-
     class Llama:
-        def __init__(self, model, tokenizer):
-            assert (model, tokenizer) == ("the model", "its tokenizer")
+        @classmethod
+        def load(cls, checkpoint, **how):
+            asked.update(how, checkpoint=checkpoint)
+            return cls()
 
         def stream(self, prompt, **settings):
             asked.update(settings, prompt=prompt)
             yield from (" there", " was", "\n", "\N{LLAMA}")
 
     monkeypatch.setattr("llama_jax.generation.llama.Llama", Llama)
-    monkeypatch.setattr("llama_jax.conversion.load.load_model", load_model)
     words = ["generate", "runs/x", "--temperature", "0", "--top-k", "5", "--seed", "3", "--", "--Once"]
     assert outcome(capsys, *words) == (0, " there was\n\N{LLAMA}", "")
     assert asked == {
@@ -114,6 +111,8 @@ def test_generate_streams_the_text_and_nothing_else(capsys, monkeypatch):
         "top_p": 0.9,
         "top_k": 5,
         "seed": 3,
+        "int8": False,
+        "mesh": None,
     }
 
 

@@ -15,7 +15,8 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from llama_jax.errors import UserError
 
 ASSETS = re.compile(
-    r"config\.json|generation_config\.json|params\.json|tokenizer\.model|tokenizer[\w.-]*\.json|special_tokens_map\.json"
+    r"config\.json|generation_config\.json|params\.json|tokenizer\.model|tokenizer[\w.-]*\.json|special_tokens_map\.json|"
+    r"added_tokens\.json|chat_template\.jinja"
 )
 # Forms of the weights, the best first: one is fetched. Within a form, shards with their index come before a single file.
 WEIGHTS = (
