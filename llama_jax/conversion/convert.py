@@ -45,6 +45,20 @@ class Output:
     """A tokenizer.model to write instead of the source's."""
 
 
+def locate(path: str | Path) -> Path:
+    """Where a checkpoint lies on this machine; one named hub:ID is fetched into a folder of its name first.
+
+    Raises:
+      UserError: the hub does not give it.
+    """
+    repo_id = str(path).removeprefix("hub:")
+    if repo_id == str(path):
+        return Path(path)
+    from llama_jax.conversion.download import download
+
+    return download(repo_id)
+
+
 def recognise(path: Path) -> Form:
     """The form of a checkpoint, from what its folder holds.
 
@@ -79,14 +93,14 @@ def open_source(path: str | Path, form: Form | None = None, overrides: Overrides
     """Opens a checkpoint of any form, checked for names, shapes and dtypes.
 
     Args:
-      path: a folder, or a llama2.c file.
+      path: a folder, a llama2.c file, or hub:ID.
       form: hf, meta, ours or llama2c; recognised if none.
       overrides: what its files leave out or have wrong.
 
     Raises:
       UserError: it is not a whole checkpoint of that form.
     """
-    path = Path(path)
+    path = locate(path)
     form = form or recognise(path)
     if form == "llama2c" and path.is_dir():
         path = path / "model.bin"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.conversion import layout, source
-from llama_jax.conversion.convert import Form, open_source, recognise
+from llama_jax.conversion.convert import Form, locate, open_source, recognise
 from llama_jax.conversion.source import Overrides, Source
 from llama_jax.errors import UserError
 from llama_jax.model import quantize, transformer
@@ -32,7 +32,7 @@ def load_model(
     """Reads a model and its tokenizer, for inference or as a beginning.
 
     Args:
-      path: a run or one of its checkpoints, a Hugging Face or Meta folder, or a llama2.c file.
+      path: a run or one of its checkpoints, a Hugging Face or Meta folder, a llama2.c file, or hub:ID.
       mesh: where the parameters go; one device if none.
       dtype: what they are cast to; as stored if none.
       int8: keep the matrices as int8 with a scale per output, quantised as each is read.
@@ -43,7 +43,8 @@ def load_model(
       UserError: it is not a whole checkpoint, or has no tokenizer.model.
     """
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
-    form = form or recognise(Path(path))
+    path = locate(path)
+    form = form or recognise(path)
     if form == "ours" and overrides == Overrides() and not int8:
         model, tokenizer = checkpoint.restore_model(path, mesh, dtype)
     else:

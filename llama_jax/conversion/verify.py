@@ -13,7 +13,7 @@ import numpy as np
 
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.conversion import layout, source
-from llama_jax.conversion.convert import convert, open_source, recognise
+from llama_jax.conversion.convert import convert, locate, open_source, recognise
 from llama_jax.conversion.load import place
 from llama_jax.conversion.source import Source
 from llama_jax.errors import UserError
@@ -99,6 +99,7 @@ def verify(
     Raises:
       UserError: one of them is no whole checkpoint, or PyTorch or transformers are missing where they are asked for.
     """
+    a, b = locate(a), locate(b)
     first, second = open_source(a), open_source(b)
     changed = _config_differences(first.config, second.config)
     if any(not name.startswith(("norm_eps", "rope_")) for name in changed):
@@ -179,7 +180,7 @@ def _tokens(opened: Source, prompt: str | None, seed: int) -> np.ndarray:
     return np.array(Tokenizer(opened.assets[source.TOKENIZER]).encode(prompt), np.int32)
 
 
-def _logits(path: str | Path, tokens_T: np.ndarray, int8: bool) -> np.ndarray:
+def _logits(path: Path, tokens_T: np.ndarray, int8: bool) -> np.ndarray:
     mesh = make_mesh(devices=jax.local_devices()[:1])
     model = place(open_source(path), mesh, int8=int8)
     return np.asarray(_forward(model, jnp.asarray(tokens_T)[None])[0])
@@ -190,9 +191,9 @@ def _forward(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     return model(tokens_BT, compute=Compute(dtype="float32", attention="xla", remat="none"))
 
 
-def _torch_logits(path: str | Path, tokens_T: np.ndarray) -> np.ndarray:
+def _torch_logits(path: Path, tokens_T: np.ndarray) -> np.ndarray:
     with tempfile.TemporaryDirectory() as scratch:
-        folder, form = Path(path), recognise(Path(path))
+        folder, form = path, recognise(path)
         if form != "hf":
             folder = Path(scratch) / "hf"
             convert(path, folder, "hf", form=form)

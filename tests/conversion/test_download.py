@@ -6,11 +6,13 @@ import re
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from llama_jax import cli
+from llama_jax.conversion.convert import locate
 from llama_jax.conversion.download import RemoteFile, download, find_files
 from llama_jax.errors import UserError
 
@@ -281,3 +283,11 @@ def test_the_verb(hub, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "here" / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
     assert cli.main(["download", "someone/else"]) == 2
     assert "shows no repository someone/else" in capsys.readouterr().err
+
+
+def test_a_checkpoint_may_be_named_by_its_id(monkeypatch, tmp_path):
+    """`hub:ID` stands for the folder that the download gives; a plain path never asks the hub."""
+    asked = []
+    monkeypatch.setattr("llama_jax.conversion.download.download", lambda repo_id: asked.append(repo_id) or tmp_path)
+    assert locate("hub:org/name") == tmp_path and asked == ["org/name"]
+    assert locate("org/name") == Path("org/name") and asked == ["org/name"]
