@@ -86,7 +86,7 @@ class Llama:
         """Reads a checkpoint of any form, ready to speak.
 
         Args:
-          path: a run or one of its checkpoints, a Hugging Face or Meta folder, or a llama2.c file.
+          path: a run or one of its checkpoints, a Hugging Face or Meta folder, a llama2.c file, or hub:ID.
           mesh: where it lies: a mesh, or its description, such as "auto" or "fsdp=4,tensor=2"; one device if none.
           dtype: of weights, cache and matmuls; if none, float32 on a CPU and bfloat16 elsewhere.
           int8: keep the matrices in 8 bits, half the memory of bfloat16; what that changes is printed.
