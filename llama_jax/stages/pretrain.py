@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from optax import GradientTransformation
@@ -241,7 +242,7 @@ def begin(
             lambda: steps.init_state(config.model, optimizer, jax.random.key(config.seed)), out_shardings=layout
         )
         return create(), Cursor()
-    model, other_tokenizer = load_model(config.init_from, mesh)
+    model, other_tokenizer = load_model(config.init_from, mesh, jnp.float32)
     # The rotary embedding has no parameters: a longer context may stretch it (as Code Llama did).
     stretched = {name: getattr(config.model, name) for name in ("context_length", "rope_theta", "rope_scaling")}
     changes = differences(
