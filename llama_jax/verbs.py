@@ -230,8 +230,10 @@ def verify(argv: Sequence[str]) -> None:
 
         verdict = verification.verify(a, b, prompt=prompt, against_torch=against_torch, int8=int8, seed=seed)
         print(json.dumps(dataclasses.asdict(verdict)) if as_json else verification.as_text(verdict))
-        if not verdict.within(tolerance):
-            raise UserError(f"{a} and {b} differ by more than {tolerance:g}; --tolerance allows more")
+        if beyond := verdict.beyond(tolerance):
+            raise UserError(
+                f"{a} and {b} differ by more than {tolerance:g} in {', '.join(beyond)}; --tolerance allows more"
+            )
 
     _call(run, "verify", argv)
 

@@ -89,44 +89,63 @@ def place(opened: Source, mesh: Mesh, dtype: Any = None, int8: bool = False) -> 
 
 def _read(opened: Source, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
     if not layout.is_stacked(name):
-        return jax.jit(lambda w: w.astype(like.dtype), out_shardings=like.sharding)(
-            _put(opened, name, None, like.sharding)
-        )
-    set_layer = jax.jit(
-        lambda stack, w, layer: stack.at[layer].set(w.astype(stack.dtype)),
-        donate_argnums=0,
-        out_shardings=like.sharding,
-    )
-    stack = jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
+        return _cast(_put(opened, name, None, like.sharding), like.dtype, like.sharding)
+    stack = _zeros(like.shape, like.dtype, like.sharding)
     for layer in range(opened.config.n_layers):
-        stack = set_layer(stack, _put(opened, name, layer, _of_layer(like.sharding)), layer)
+        stack = _set_layer(stack, _put(opened, name, layer, _of_layer(like.sharding)), layer, like.sharding)
     return stack
 
 
 def _read_int8(opened: Source, name: str, like: quantize.Int8) -> tuple[quantize.Int8, dict[layout.Weight, jax.Array]]:
     """One parameter as int8, and the relative error of each of its matrices."""
-    n_in, layouts = quantize.input_axes(name), jax.tree.map(lambda part: part.sharding, like)
+    n_in, lies = quantize.input_axes(name), (like.values.sharding, like.scale.sharding)
     if not layout.is_stacked(name):
-        w = _put(opened, name, None, like.values.sharding)
-        quantized, error = jax.jit(lambda w: _quantize(w, n_in), out_shardings=(layouts, None))(w)
+        quantized, error = _quantize(_put(opened, name, None, lies[0]), n_in, lies)
         return quantized, {(name, None): error}
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=(layouts, None))
-    def set_layer(stack: quantize.Int8, w: jax.Array, layer: int) -> tuple[quantize.Int8, jax.Array]:
-        quantized, error = _quantize(w, n_in)
-        return jax.tree.map(lambda whole, part: whole.at[layer].set(part), stack, quantized), error
-
-    stack = jax.jit(lambda: jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), like), out_shardings=layouts)()
+    stack = jax.tree.map(lambda part: _zeros(part.shape, part.dtype, part.sharding), like)
     errors = {}
     for layer in range(opened.config.n_layers):
-        w = _put(opened, name, layer, _of_layer(like.values.sharding))
-        stack, errors[name, layer] = set_layer(stack, w, layer)
+        w = _put(opened, name, layer, _of_layer(lies[0]))
+        stack, errors[name, layer] = _set_int8_layer(stack, w, layer, n_in, lies)
     return stack, errors
 
 
-def _quantize(w: jax.Array, n_in: int) -> tuple[quantize.Int8, jax.Array]:
+# Compiled once for every shape and layout, whichever parameter or checkpoint has it.
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _cast(w: jax.Array, dtype: Any, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(w.astype(dtype), sharding)
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _set_layer(stack: jax.Array, w: jax.Array, layer: int, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(stack.at[layer].set(w.astype(stack.dtype)), sharding)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _quantize(w: jax.Array, n_in: int, lies: tuple[NamedSharding, NamedSharding]) -> tuple[quantize.Int8, jax.Array]:
     quantized = quantize.quantize(w, n_in)
-    return quantized, quantize.quantization_error(w, quantized)
+    return _constrained(quantized, lies), quantize.quantization_error(w, quantized)
+
+
+@partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _set_int8_layer(
+    stack: quantize.Int8, w: jax.Array, layer: int, n_in: int, lies: tuple[NamedSharding, NamedSharding]
+) -> tuple[quantize.Int8, jax.Array]:
+    quantized = quantize.quantize(w, n_in)
+    stack = jax.tree.map(lambda whole, part: whole.at[layer].set(part), stack, quantized)
+    return _constrained(stack, lies), quantize.quantization_error(w, quantized)
+
+
+def _constrained(q: quantize.Int8, lies: tuple[NamedSharding, NamedSharding]) -> quantize.Int8:
+    values, scale = map(jax.lax.with_sharding_constraint, (q.values, q.scale), lies)
+    return quantize.Int8(values, scale)
 
 
 def _put(opened: Source, name: str, layer: int | None, sharding: NamedSharding) -> jax.Array:

@@ -71,10 +71,14 @@ class Verdict:
     logits: LogitDifference
     tokens: int
 
+    def beyond(self, tolerance: float) -> list[str]:
+        """What is further apart than asked, relatively: names of parameters, fields of the configuration, the logits."""
+        weights = [d.name for d in self.weights if not (d.relative <= tolerance and (tolerance or d.equal))]
+        return [*weights, *self.config, *["logits"] * (not self.logits.relative <= tolerance)]
+
     def within(self, tolerance: float) -> bool:
-        """Whether weights and logits are as near as asked, relatively."""
-        near = all(d.relative <= tolerance for d in self.weights)
-        return near and not self.config and self.logits.relative <= tolerance
+        """Whether nothing is."""
+        return not self.beyond(tolerance)
 
 
 def verify(
@@ -116,14 +120,15 @@ def verify(
 def compare_logits(a_TV: np.ndarray, b_TV: np.ndarray) -> LogitDifference:
     """How far b is from a: logits of the same tokens, float32."""
     a_TV, b_TV = a_TV.astype(np.float64), b_TV.astype(np.float64)
-    max_abs = np.abs(a_TV - b_TV).max()
-    p_TV, q_TV = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a_TV, b_TV))
-    return LogitDifference(
-        max_abs=float(max_abs),
-        relative=float(max_abs / np.abs(a_TV).max()),
-        top1=float((a_TV.argmax(-1) == b_TV.argmax(-1)).mean()),
-        kl=float((np.exp(p_TV) * (p_TV - q_TV)).sum(-1).mean()),
-    )
+    with np.errstate(invalid="ignore"):  # what is no number makes all of this none, which no tolerance allows
+        max_abs = np.abs(a_TV - b_TV).max()
+        p_TV, q_TV = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a_TV, b_TV))
+        return LogitDifference(
+            max_abs=float(max_abs),
+            relative=float(max_abs / np.abs(a_TV).max()),
+            top1=float((a_TV.argmax(-1) == b_TV.argmax(-1)).mean()),
+            kl=float((np.exp(p_TV) * (p_TV - q_TV)).sum(-1).mean()),
+        )
 
 
 def as_text(verdict: Verdict) -> str:
