@@ -236,6 +236,8 @@ def _sink(to: Form, folder: Path, opened: Source, dtypes: dict[str, np.dtype], o
     if output.tokenizer is not None:
         from llama_jax.text.tokenizer import Tokenizer
 
+        # What came along describes the other tokenizer.
+        assets = {name: content for name, content in assets.items() if name not in source.TOKENIZER_FILES}
         assets[source.TOKENIZER] = Tokenizer.load(output.tokenizer).model_bytes
     if to == "hf":
         return HuggingFaceSink(folder, opened.config, dtypes, assets)

@@ -19,10 +19,7 @@ from llama_jax.text.tokenizer import Tokenizer
 
 ASSETS = (
     source.TOKENIZER,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *source.TOKENIZER_FILES,
     "chat_template.jinja",
     "generation_config.json",
     "config.json",
@@ -45,7 +42,8 @@ class HuggingFaceSource:
         self.notes: list[str] = []
         self.assets = {name: (folder / name).read_bytes() for name in ASSETS if (folder / name).is_file()}
         self._where = str(folder)
-        config = config_from_hf(read_json(folder / "config.json"), self._where)
+        fields = read_json(folder / "config.json")
+        config = config_from_hf(fields, self._where)
         self._readers = _open_readers(folder)
         for name in [n for n in self._readers if n.endswith("rotary_emb.inv_freq")]:
             del self._readers[name]  # a buffer that older versions saved; it is computed from the configuration
@@ -55,10 +53,11 @@ class HuggingFaceSource:
         source.check_rank(self._where, _hf_name("layers.wk_DKH", 0), keys, 2)
         stored = keys[0] // config.head_dim
         config = source.kv_heads(self._where, config, stored, overrides, self.notes)
-        if overrides.context_length:
-            config = replace(config, context_length=overrides.context_length)
+        if config.context_length == 2048 and fields.get("max_length") == 4096:
+            config = replace(config, context_length=4096)  # as the first Llama 2 files told what they were trained on
         # 4096 positions make it a Llama 2: Llama 1 7B has the same shapes, 2048 positions and a true epsilon of 1e-6.
-        self.config = source.correct_norm_eps(config, overrides, config.context_length == 4096, self.notes)
+        config = source.correct_norm_eps(config, overrides, config.context_length == 4096, self.notes)
+        self.config = replace(config, context_length=overrides.context_length or config.context_length)
         specs = self._specs(layout.parameters(config), self.config)
         for (name, layer), spec in specs.items():
             expected = layout.matrix_shape(self.config, name)
@@ -314,7 +313,8 @@ def _write_index(folder: Path, files: dict[str, dict[str, TensorSpec]]) -> None:
 
 def _assets(config: LlamaConfig, dtypes: dict[str, np.dtype], assets: dict[str, bytes]) -> dict[str, bytes]:
     """The small files: those that came along, and where there were none, what a Llama 2 folder has."""
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    came = json.loads(assets.get("config.json", b"{}"))
+    ids = {name: came.get(name, default) for name, default in (("bos_token_id", 1), ("eos_token_id", 2))}
     made: dict[str, dict[str, Any]] = {
         "generation_config.json": ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     }
@@ -322,7 +322,6 @@ def _assets(config: LlamaConfig, dtypes: dict[str, np.dtype], assets: dict[str, 
         tokenizer = Tokenizer(assets[source.TOKENIZER])
         made["tokenizer.json"] = tokenizer_json(tokenizer)
         made["tokenizer_config.json"] = tokenizer_config(tokenizer, config.context_length)
-    came = json.loads(assets.get("config.json", b"{}"))
     # What decides the function is ours; what else the source's file said, such as its special ids, stays.
     stale = ("dtype", "rope_parameters", "transformers_version")
     kept = ids | {name: came[name] for name in came if name not in stale}

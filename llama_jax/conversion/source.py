@@ -19,6 +19,8 @@ WEIGHT_DTYPES = {
     "float32": np.dtype(np.float32),
 }
 TOKENIZER = "tokenizer.model"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What transformers derives from it and reads instead of it."""
 
 
 @dataclass(frozen=True)

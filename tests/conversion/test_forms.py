@@ -258,6 +258,24 @@ def test_the_tokenizer_and_small_files_travel(tmp_path, tokenizer):
     assert (chain(first, "meta") / "tokenizer.model").read_bytes() == tokenizer
 
 
+def test_another_tokenizer_takes_the_place_of_all_files_of_the_first(tmp_path, tokenizer):
+    first = write_hf(tmp_path / "a", state_of(), tokenizer=b"not read")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        (first / name).write_text('{"of": "the first"}')
+    (tmp_path / "other.model").write_bytes(tokenizer)
+    there = chain(first, "hf", output=Output(tokenizer=str(tmp_path / "other.model")))
+    assert (there / "tokenizer.model").read_bytes() == tokenizer
+    assert not [path.name for path in there.glob("*.json") if "the first" in path.read_text()]
+
+
+def test_the_special_ids_of_an_export_are_the_models_own(tmp_path):
+    """Llama 3 ends its texts with another token, and a generation_config.json is made where there was none."""
+    there = chain(write_hf(tmp_path / "a", state_of(), bos_token_id=7, eos_token_id=[8, 9]), "ours", "hf")
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((there / name).read_text())
+        assert (fields["bos_token_id"], fields["eos_token_id"]) == (7, [8, 9]), name
+
+
 # The configuration
 
 
@@ -378,9 +396,20 @@ def test_a_wrong_epsilon_of_llama_2_7b_is_put_right(tmp_path):
     assert open_source(folder, overrides=Overrides(norm_eps=1e-6)).config.norm_eps == 1e-6
 
 
+def test_the_first_files_of_llama_2_said_2048_positions(tmp_path):
+    """And a max_length of 4096, which is what the model was trained on."""
+    folder = write_hollow_hf(
+        tmp_path / "a", LLAMA2_7B, rms_norm_eps=1e-6, max_position_embeddings=2048, max_length=4096
+    )
+    assert open_source(folder).config == LLAMA2_7B
+
+
 def test_the_epsilon_of_llama_1_7b_is_left_alone(tmp_path):
-    """It has the shapes of Llama 2 7B, 2048 positions, and a true 1e-6."""
-    assert open_source(write_hollow_hf(tmp_path / "a", LLAMA1_7B)).config == LLAMA1_7B
+    """It has the shapes of Llama 2 7B, 2048 positions, and a true 1e-6, whatever context one asks for."""
+    folder = write_hollow_hf(tmp_path / "a", LLAMA1_7B)
+    assert open_source(folder).config == LLAMA1_7B
+    longer = open_source(folder, overrides=Overrides(context_length=4096)).config
+    assert longer == replace(LLAMA1_7B, context_length=4096)
 
 
 def test_the_epsilon_of_metas_7b_is_put_right_and_llama_1s_left_alone(tmp_path, monkeypatch):
