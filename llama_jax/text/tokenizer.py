@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from llama_jax.errors import UserError
@@ -141,6 +142,27 @@ class Tokenizer:
             ) from None
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
+    def encode_continued(self, text: str, continuation: str) -> tuple[list[int], int]:
+        """Encodes two texts as one, and says how many of the ids hold nothing of the second.
+
+        An id that holds characters of both counts as the second's. No BOS and no EOS.
+        Raises UserError as `encode`, and for a model that changes its text, so that its ids' places are not known.
+        """
+        ids = self.encode(text + continuation, bos=False)
+        lengths = self._lengths[ids]
+        if self.unk_id in ids:  # whose text the id does not tell
+            pieces = self._processor.encode(text + continuation, out_type=str)
+            unknown = [i == self.unk_id for i in ids]
+            lengths[unknown] = [_length(piece) for piece, which in zip(pieces, unknown, strict=True) if which]
+        dummy = int(lengths.sum()) - _length(text + continuation)  # the space that the model puts first
+        if ids and dummy not in (0, 1):
+            raise UserError(
+                f"{self._name} does not keep its text as it is ({dummy:+} bytes), so that no id's place in it is known. "
+                "Use a tokenizer with the identity normaliser, such as Llama 2's or one of `llama-jax tokenizer`."
+            )
+        ends = np.cumsum(lengths)
+        return ids, int(np.searchsorted(ends, _length(text) + dummy, side="right")) if text else 0
+
     def decode(self, ids: Iterable[int]) -> str:
         """Gives the text of ids: control ids and one leading space fall away, broken UTF-8 becomes U+FFFD.
 
@@ -168,6 +190,11 @@ class Tokenizer:
             )
 
     @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        """How many bytes of text each id stands for, int64; not known for an unknown character."""
+        return np.array([1 if isinstance(s, int) else len(s.encode()) for s in self._surfaces], np.int64)
+
+    @functools.cached_property
     def _surfaces(self) -> list[str | int]:
         """What each id contributes to a text: a string, or for a byte piece its byte."""
         p = self._processor
@@ -180,6 +207,11 @@ class Tokenizer:
             return p.decode([i]) if p.is_unknown(i) else p.id_to_piece(i).replace("\u2581", " ")
 
         return [surface(i) for i in range(self.vocab_size)]
+
+
+def _length(text: str) -> int:
+    """The bytes of a text as SentencePiece has it: "\u2581" is its space."""
+    return len(text.replace("\u2581", " ").encode())
 
 
 class StreamingDecoder:
