@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.model.attention import attend_with_cache, causal_attention
+from llama_jax.model.low_rank import Lora, lora_einsum
 from llama_jax.model.quantize import Int8, int8_einsum
 from llama_jax.parallel.mesh import constrain, sharding, ways
 
@@ -76,8 +77,8 @@ class Block(nnx.Module):
     def finish(self, x_BTD: jax.Array, heads_BTNH: jax.Array, eps: float) -> jax.Array:
         """Adds the attention output and then the feed-forward to the residual stream."""
         # One axis instead of two to sum over: XLA on CPU would copy both sides into another order first. (A quantised
-        # weight's scale has the output axis alone, which stays the last.)
-        wo_AD = jax.tree.map(lambda w: w.reshape(-1, w.shape[-1]), self.wo_NHD)
+        # weight's scale has the output axis alone, which stays the last; an adapted one's dropout key has none.)
+        wo_AD = jax.tree.map(lambda w: w.reshape(-1, w.shape[-1]) if w.ndim else w, self.wo_NHD)
         x_BTD = x_BTD + per_token("BTA,AD->BTD", heads_BTNH.reshape(*x_BTD.shape[:2], -1), wo_AD)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         h_BTD = rms_norm(x_BTD, self.ffn_norm_D, eps)
@@ -211,12 +212,14 @@ class Transformer(nnx.Module):
         return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
 
     def cast(self, dtype: Any) -> "Transformer":
-        """The same model with every array in `dtype`, quantised weights aside; inside jit, before the layers are
-        gathered, so that the gathers move the narrow type.
+        """The same model with every array in `dtype`, quantised weights and keys aside; inside jit, before the layers
+        are gathered, so that the gathers move the narrow type.
         """
-        return jax.tree.map(
-            lambda w: w if isinstance(w, Int8) else w.astype(dtype), self, is_leaf=lambda w: isinstance(w, Int8)
-        )
+
+        def leaf(w: Any) -> Any:
+            return w if isinstance(w, Int8) or not jnp.issubdtype(w.dtype, jnp.floating) else w.astype(dtype)
+
+        return jax.tree.map(leaf, self, is_leaf=lambda w: isinstance(w, Int8))
 
 
 def layers_apart(model: Transformer) -> Transformer:
@@ -238,18 +241,28 @@ def _layer(i: int, stacked: jax.Array) -> jax.Array:
     return stacked[i]
 
 
-def per_token(spec: str, x: jax.Array, weight: jax.Array | Int8) -> jax.Array:
-    """`jnp.einsum(spec, x, weight)` for an x whose first axes are B and T and a weight that has neither, quantised or not.
+def per_token(spec: str, x: jax.Array, weight: jax.Array | Int8 | Lora) -> jax.Array:
+    """`jnp.einsum(spec, x, weight)` for an x whose first axes are B and T and a weight that has neither, quantised,
+    adapted or plain.
 
     Where a sequence is not split over devices, the two axes are joined for the matmul: the weight's gradient then sums
     over one axis, while for a sum over two XLA on CPU copies the activations into another order.
     """
-    einsum = int8_einsum if isinstance(weight, Int8) else jnp.einsum
     if ways("length") > 1:
-        return einsum(spec, x, weight).astype(x.dtype)
+        return _multiply(spec, x, weight).astype(x.dtype)
     B, T = x.shape[:2]
-    out = einsum(spec.replace("B", ""), x.reshape(B * T, *x.shape[2:]), weight).astype(x.dtype)
+    out = _multiply(spec.replace("B", ""), x.reshape(B * T, *x.shape[2:]), weight).astype(x.dtype)
     return out.reshape(B, T, *out.shape[1:])
+
+
+def _multiply(spec: str, x: jax.Array, weight: jax.Array | Int8 | Lora) -> jax.Array:
+    match weight:
+        case Lora():
+            return lora_einsum(spec, x, weight, _multiply)
+        case Int8():
+            return int8_einsum(spec, x, weight)
+        case _:
+            return jnp.einsum(spec, x, weight)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "ffn": ("tensor",),
+    "rank": (),
     # Activations: every device that holds other parameters holds other sequences, so a batch is split over fsdp too.
     "batch": ("data", "fsdp"),
     "length": ("context",),
