@@ -33,12 +33,11 @@ def make_model(folder: Path, layers: int) -> int:
     config = replace(LLAMA2_7B, n_layers=layers)
     dtypes = dict.fromkeys(layout.parameters(config), np.dtype(np.float16))
     folder.mkdir()
-    sink = HuggingFaceSink(folder, config, dtypes, {})
     rng = np.random.default_rng(0)
-    for name, layer in sink.order:
-        shape = layout.shape(config, name)
-        sink.write(name, layer, rng.integers(0, 2**15, shape, np.uint16).view(np.float16))
-    sink.finish()
+    with HuggingFaceSink(folder, config, dtypes, {}) as sink:
+        for name, layer in sink.order:
+            shape = layout.shape(config, name)
+            sink.write(name, layer, rng.integers(0, 2**15, shape, np.uint16).view(np.float16))
     return config.n_params * 2
 
 

@@ -8,7 +8,7 @@ time. Reading goes a layer at a time through TensorStore too.
 import dataclasses
 import logging
 import math
-from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +25,7 @@ from llama_jax.training.checkpoint import find_checkpoints, installed_versions, 
 
 ASSETS = "huggingface"  # the item of small files that a Hugging Face export will want
 _BLOCK_BYTES = 16 * 2**20  # the most that is copied at once; also the size of a file on disk
-_UNDER_WAY = 3  # blocks that are written while the next is copied
+_THREADS = 4  # each copies, writes and sums one block at a time
 _COLUMNS, _ROWS = 4096, 64  # of the table whose columns are summed: it fits a processor's cache
 
 
@@ -103,7 +103,7 @@ class OurSink:
             name: self._create(name, p.shape, dtypes[name]) for name, p in layout.parameters(config).items()
         }
         self._assets = assets
-        self._under_way: deque[Any] = deque()
+        self._threads = ThreadPoolExecutor(_THREADS)
 
     def __enter__(self) -> Self:
         """The arrays are there already."""
@@ -113,22 +113,19 @@ class OurSink:
         """Writes one weight, given in our layout."""
         target = self._arrays[name] if layer is None else self._arrays[name][layer]
         rows = _block_rows(weight.shape, weight.dtype)
-        offset = (layer or 0) * weight.size
-        under_way = self._under_way
-        for start in range(0, len(weight), rows):
+        offset, width = (layer or 0) * weight.size, weight.size // len(weight)
+
+        def copy(start: int) -> int:
             block = contiguous(weight[start : start + rows])
             part = target[start : start + len(block)]
-            under_way.append(part.write(block, can_reference_source_data_indefinitely=True))
-            self._sums[name] += sum_of_bits(block, offset + start * (weight.size // len(weight)))
-            if len(under_way) > _UNDER_WAY:
-                under_way.popleft().result()
-        while under_way:
-            under_way.popleft().result()
+            part.write(block, can_reference_source_data_indefinitely=True).result()
+            return sum_of_bits(block, offset + start * width)
+
+        self._sums[name] += sum(self._threads.map(copy, range(0, len(weight), rows)))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Completes the checkpoint; after an exception only waits, for nothing may be written once its folder is removed."""
-        for writing in self._under_way:
-            writing.exception()
+        self._threads.shutdown(cancel_futures=True)
         if kind is None:
             self._complete()
 
