@@ -4,18 +4,21 @@
     python bench/convert.py --layers 8 --folder /mnt/disk
 
 Every direction and every copy ends with its bytes on the disk (fsync). The model's weights are random bits: no disk and no
-compression can cheat on them. Each is run `--repeats` times and the best counts; the source is in the page cache for
-all of them.
+compression can cheat on them. The runs alternate, because what a disk gives varies from minute to minute, and medians
+are compared; the source is in the page cache for all of them.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,15 +53,13 @@ def copy(src: Path, dst: Path) -> None:
         os.close(descriptor)
 
 
-def best_seconds(repeats: int, action, dst: Path) -> float:
-    """The shortest of several runs, each into a new folder that is removed again."""
-    times = []
-    for _ in range(repeats):
-        shutil.rmtree(dst, ignore_errors=True)
-        began = time.monotonic()
-        action()
-        times.append(time.monotonic() - began)
-    return min(times)
+def seconds(action: Callable[[], object], dst: Path) -> float:
+    """How long an action takes that makes a folder; the folder is removed again."""
+    began = time.monotonic()
+    action()
+    taken = time.monotonic() - began
+    shutil.rmtree(dst)
+    return taken
 
 
 def main() -> None:
@@ -66,26 +67,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4, help="layers of the 7B model")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; the temporary folder if none")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folders = {form: Path(scratch) / form for form in ("hf", "meta", "ours")}
-        size = make_model(folders["hf"], args.layers)
+        size, out = make_model(folders["hf"], args.layers), Path(scratch) / "out"
         convert(folders["hf"], folders["meta"], "meta")
         convert(folders["hf"], folders["ours"], "ours")
-        out = Path(scratch) / "out"
-        peer = size / best_seconds(args.repeats, lambda: copy(folders["hf"], out), out) / 1e6
-        results = {"bytes": size, "cp": peer}
-        if not args.json:
-            print(f"{size / 1e9:.2f} GB; cp -r and fsync: {peer:.0f} MB/s")
-        for src, dst in DIRECTIONS:
-            seconds = best_seconds(args.repeats, lambda src=src, dst=dst: convert(folders[src], out, dst), out)
-            rate = results[f"{src} to {dst}"] = size / seconds / 1e6
-            if not args.json:
-                print(f"{src:>5} to {dst:<5} {rate:6.0f} MB/s   {rate / peer:.2f} of cp")
-        if args.json:
-            print(json.dumps(results))
+        tasks = {"cp": partial(copy, folders["hf"], out)}
+        tasks |= {f"{src} to {dst}": partial(convert, folders[src], out, dst) for src, dst in DIRECTIONS}
+        times: dict[str, list[float]] = {name: [] for name in tasks}
+        for _ in range(args.repeats):
+            for name, task in tasks.items():
+                times[name].append(seconds(task, out))
+    rates = {name: size / statistics.median(taken) / 1e6 for name, taken in times.items()}
+    if args.json:
+        print(json.dumps({"bytes": size, "MB/s": rates}))
+        return
+    print(f"{size / 1e9:.2f} GB, medians of {args.repeats}")
+    for name, rate in rates.items():
+        print(f"{name:<14} {rate:6.0f} MB/s   {rate / rates['cp']:.2f} of cp")
 
 
 if __name__ == "__main__":
