@@ -89,10 +89,11 @@ def place(opened: Source, mesh: Mesh, dtype: Any = None, int8: bool = False) -> 
 
 def _read(opened: Source, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
     if not layout.is_stacked(name):
-        return _cast(_put(opened, name, None, like.sharding), like.dtype, like.sharding)
+        return jax.block_until_ready(_cast(_put(opened, name, None, like.sharding), like.dtype, like.sharding))
     stack = _zeros(like.shape, like.dtype, like.sharding)
     for layer in range(opened.config.n_layers):
-        stack = _set_layer(stack, _put(opened, name, layer, _of_layer(like.sharding)), layer, like.sharding)
+        w = _put(opened, name, layer, _of_layer(like.sharding))
+        stack = jax.block_until_ready(_set_layer(stack, w, layer, like.sharding))
     return stack
 
 
@@ -100,17 +101,18 @@ def _read_int8(opened: Source, name: str, like: quantize.Int8) -> tuple[quantize
     """One parameter as int8, and the relative error of each of its matrices."""
     n_in, lies = quantize.input_axes(name), (like.values.sharding, like.scale.sharding)
     if not layout.is_stacked(name):
-        quantized, error = _quantize(_put(opened, name, None, lies[0]), n_in, lies)
+        quantized, error = jax.block_until_ready(_quantize(_put(opened, name, None, lies[0]), n_in, lies))
         return quantized, {(name, None): error}
     stack = jax.tree.map(lambda part: _zeros(part.shape, part.dtype, part.sharding), like)
     errors = {}
     for layer in range(opened.config.n_layers):
         w = _put(opened, name, layer, _of_layer(lies[0]))
-        stack, errors[name, layer] = _set_int8_layer(stack, w, layer, n_in, lies)
+        stack, errors[name, layer] = jax.block_until_ready(_set_int8_layer(stack, w, layer, n_in, lies))
     return stack, errors
 
 
-# Compiled once for every shape and layout, whichever parameter or checkpoint has it.
+# Compiled once for every shape and layout, whichever parameter or checkpoint has it. Each copies, and is waited for: on a CPU what
+# `device_put` gives is the memory map itself (`may_alias=False` or not), which changes with the file, and what is not waited for piles up.
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -151,9 +153,8 @@ def _constrained(q: quantize.Int8, lies: tuple[NamedSharding, NamedSharding]) ->
 def _put(opened: Source, name: str, layer: int | None, sharding: NamedSharding) -> jax.Array:
     """One weight as stored, every shard read from its own part of the file."""
     weight = opened.read(name, layer)
-    # Never an alias: a memory map that jax took over would change with the file.
     shards = [
-        jax.device_put(weight[index], device, may_alias=False)
+        jax.device_put(weight[index], device)
         for device, index in sharding.addressable_devices_indices_map(weight.shape).items()
     ]
     return jax.make_array_from_single_device_arrays(weight.shape, sharding, shards)
