@@ -7,7 +7,9 @@ copied until it is written.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -59,7 +61,8 @@ def weights(config: LlamaConfig) -> list[Weight]:
     return [*((n, None) for n in before), *layers, *((n, None) for n in after)]
 
 
-def parameters(config: LlamaConfig) -> dict[str, Param]:
+@cache
+def parameters(config: LlamaConfig) -> Mapping[str, Param]:
     """The declaration of every parameter by its name, layers stacked."""
     return flat(describe(config))
 

@@ -507,9 +507,8 @@ def test_a_system_that_refuses_to_write_on(tmp_path, capfd, to: str):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("to", ["meta", "ours"])
-def test_a_kill_half_way_leaves_nothing_under_the_name(tmp_path, capfd, to: str):
-    src, dst = write_hf(tmp_path / "a", state_of()), tmp_path / "b"
+def test_a_kill_half_way_leaves_nothing_under_the_name(tmp_path, capfd):
+    src, dst, to = write_hf(tmp_path / "a", state_of()), tmp_path / "b", "ours"
     sink = SINKS[to]
     program = f"""
 import os, signal
