@@ -39,46 +39,70 @@ class TextFiles:
         return self._spans.read(index).decode(errors="replace")
 
 
-class JsonLines:
-    """Documents of JSON-lines files, plain or compressed (.gz, .zst): one field of every line.
+class Lines:
+    """The lines of files as bytes, blank ones left out; the files are plain or compressed (.gz, .zst).
 
     Compressed files allow no access out of order: they are unpacked once into the cache folder (LLAMA_JAX_CACHE, by
-    default ~/.cache/llama_jax) and used from there. Big corpora are better tokenised once: `llama-jax tokenize`.
+    default ~/.cache/llama_jax) and used from there.
+    """
+
+    def __init__(self, pattern: str):
+        """Indexes the files that match; raises UserError if there are none or they hold nothing."""
+        self._names = matching_files(pattern)
+        self._spans = _Spans(pattern, [_plain_file(path) for path in self._names], _line_spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._spans.read(index)
+
+    def place(self, index: int) -> str:
+        """Where a line stands, for people: the file's name and the line's number in it."""
+        file, start, _ = self._spans.locate(index)
+        with open(self._spans.paths[file], "rb") as opened:
+            line = sum(chunk.count(b"\n") for chunk in _chunks(opened, start)) + 1
+        return f"{self._names[file]}, line {line}"
+
+
+class JsonLines:
+    """Documents of JSON-lines files, plain or compressed: one field of every line.
+
+    Big corpora are better tokenised once: `llama-jax tokenize`.
     """
 
     def __init__(self, pattern: str, field: str = "text"):
         """Indexes the files that match; raises UserError if there are none, or for a first line without the field."""
         self._field = field
-        self._names = matching_files(pattern)
-        self._spans = _Spans(pattern, [_plain_file(path) for path in self._names], _line_spans)
+        self._lines = Lines(pattern)
         self[0]  # a wrong field name should be known at once, not after an hour
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._lines)
 
     def __getitem__(self, index: int) -> str:
         """Gives the text of a line; raises UserError naming file and line if it holds none."""
-        line = self._spans.read(index)
         try:
-            record = json.loads(line)
+            record = json.loads(self._lines[index])
         except ValueError as error:
-            raise UserError(f"{self._place(index)} is not JSON ({error}). Repair or remove the line.") from None
+            place = self._lines.place(index)
+            raise UserError(f"{place} is not JSON ({error}). Repair or remove the line.") from None
         if not isinstance(record, dict) or not isinstance(record.get(self._field), str):
             found = f"the fields {', '.join(sorted(record))}" if isinstance(record, dict) else type(record).__name__
             raise UserError(
-                f"{self._place(index)} has no text in field {self._field!r} but {found}. "
+                f"{self._lines.place(index)} has no text in field {self._field!r} but {found}. "
                 "Name the field: jsonl:FILE#FIELD."
             )
-        text = record[self._field]
-        if b"\\u" in line:  # JSON can spell half of a surrogate pair, which is no character
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
+        return whole_characters(record[self._field])
 
-    def _place(self, index: int) -> str:
-        file, start, _ = self._spans.locate(index)
-        with open(self._spans.paths[file], "rb") as opened:
-            line = sum(chunk.count(b"\n") for chunk in _chunks(opened, start)) + 1
-        return f"{self._names[file]}, line {line}"
+
+def whole_characters(text: str) -> str:
+    """Replaces halves of surrogate pairs, which JSON can spell but which are no characters, by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 class _Spans:

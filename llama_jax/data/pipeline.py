@@ -27,6 +27,7 @@ __all__ = [
     "held_out_bytes",
     "held_out_documents",
     "make_batches",
+    "own_rows",
     "training_documents",
 ]
 
@@ -70,7 +71,7 @@ def make_batches(
     each. Raises UserError for bad sources, weights, or rows that the processes do not divide. Close the iterator
     (`.close()`) to stop its thread and workers.
     """
-    own_rows = _own_rows(rows, process_index, process_count)
+    own = own_rows(rows, process_index, process_count)
     period = _held_out_period(config)
     sources = _open(config.sources, tokenizer)
     if period and not config.eval_sources:
@@ -80,7 +81,7 @@ def make_batches(
     cursor = cursor or Cursor()
     documents = in_order(order, Tokenise(tokenizer), cursor.document, config.workers)
     some_text = _refuse_emptiness(documents, sum(map(len, sources)))
-    batches = pack(some_text, rows=rows, length=length, own_rows=own_rows, cursor=cursor)
+    batches = pack(some_text, rows=rows, length=length, own_rows=own, cursor=cursor)
     return _prefetched(batches, config.prefetch)
 
 
@@ -110,9 +111,9 @@ def held_out_batches(
 
     Every token but the BOS of each document is a target once. Each process gets equally many batches.
     """
-    own_rows = _own_rows(rows, process_index, process_count)
+    own = own_rows(rows, process_index, process_count)
     documents = map(Tokenise(tokenizer), _held_out(config, tokenizer))
-    batches = pack(documents, rows=rows, length=length, own_rows=own_rows)
+    batches = pack(documents, rows=rows, length=length, own_rows=own)
     return (batch for batch, _ in batches)
 
 
@@ -175,7 +176,8 @@ def _part(source: Documents, spec: str, period: int, *, held_out: bool) -> Every
     return EveryNth(source, period, held_out=held_out)
 
 
-def _own_rows(rows: int, process_index: int, process_count: int) -> range:
+def own_rows(rows: int, process_index: int, process_count: int) -> range:
+    """This process's equal, contiguous share of a batch's rows; raises UserError if they cannot be shared equally."""
     if rows < 1 or rows % process_count:
         raise UserError(
             f"A batch of {rows} rows cannot be shared equally by {process_count} processes. "

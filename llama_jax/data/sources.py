@@ -10,7 +10,7 @@ tokens:FOLDER                shards made by `llama-jax tokenize`
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -57,6 +57,20 @@ def open_source(spec: str, tokenizer: Tokenizer | None = None) -> Documents:
     return source
 
 
+def open_records(spec: str) -> Sequence[dict]:
+    """Opens a tfds: or hf: source as whole records by number, with all their fields.
+
+    Raises UserError for another scheme, for missing data, or an empty split.
+    """
+    scheme, _, name = spec.partition(":")
+    if scheme not in ("tfds", "hf") or not name:
+        raise _unknown(spec, scheme)
+    records = (_open_tfds if scheme == "tfds" else _open_hf)(name, "").records
+    if not len(records):
+        raise UserError(f"{spec} holds no record. Check the split.")
+    return records
+
+
 def _unknown(spec: str, scheme: str) -> UserError:
     if os.path.exists(spec):
         remedy = f"For files of text: text:{spec}"
@@ -71,16 +85,16 @@ class _Records:
     """One text field of records that a library gives by number; `reopen(name, field)` makes the same again."""
 
     def __init__(self, records, name: str, field: str, spec: str, reopen: "Callable[[str, str], _Records]"):
-        self._records, self._name, self._field, self._spec, self._reopen = records, name, field, spec, reopen
+        self.records, self._name, self._field, self._spec, self._reopen = records, name, field, spec, reopen
 
     def __reduce__(self):
         return self._reopen, (self._name, self._field)  # not every library's object can be pickled
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> str:
-        record = self._records[index]
+        record = self.records[index]
         text = record.get(self._field)
         if isinstance(text, bytes):
             text = text.decode(errors="replace")
