@@ -64,12 +64,13 @@ class Checkpoints:
 
     def save(self, state: TrainState, metadata: dict, tokenizer: Tokenizer) -> None:
         """Starts to save `state`; returns as soon as the arrays are copied, and raises here what the previous save
-        failed with.
+        failed with. A whole model's architecture is added to the metadata; for adapters the caller gives it.
         """
         self.wait()
         items = {"model": flat(state.model), "training": flat(dataclasses.replace(state, model=None))}
+        if isinstance(state.model, Transformer):
+            metadata = metadata | {"model": dataclasses.asdict(state.model.config)}
         metadata = metadata | {
-            "model": dataclasses.asdict(state.model.config),
             "fingerprints": {name: _fingerprints(arrays) for name, arrays in items.items()},
             "versions": installed_versions(),
         }
@@ -170,14 +171,23 @@ def restore_model(
         try:
             metadata = read_metadata(folder)
             abstract = transformer.abstract(llama_config_from_json(metadata["model"]), mesh)
-            wanted = _as_stored(folder, flat(abstract))
-            model = unflat(abstract, _load_verified(folder, {"model": wanted}, metadata)["model"])
+            model = restore_tree(folder, abstract, metadata)
             return (model if dtype is None else jax.jit(lambda m: m.cast(dtype))(model)), load_tokenizer(folder)
         except UserError as error:
             if folder == folders[0]:
                 raise
             log.warning("%s; the one before it is used", error)
     raise AssertionError("find_checkpoints returned an empty list")
+
+
+def restore_tree(folder: Path, abstract: Any, metadata: dict) -> Any:
+    """What was trained, of one checkpoint folder, verified: onto the shapes and shardings of `abstract`, as stored.
+
+    Raises:
+      UserError: it is not whole, or something else than `abstract`.
+    """
+    wanted = _as_stored(folder, flat(abstract))
+    return unflat(abstract, _load_verified(folder, {"model": wanted}, metadata)["model"])
 
 
 def find_checkpoints(path: Path) -> list[Path]:

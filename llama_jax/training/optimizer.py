@@ -7,6 +7,7 @@ import optax
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
+from llama_jax.model.lora import Adapters
 from llama_jax.model.transformer import describe
 
 
@@ -51,13 +52,21 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [warmup - 1])
 
 
-def make_optimizer(config: OptimizerConfig, model: LlamaConfig, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, model: LlamaConfig | Adapters, total_steps: int
+) -> optax.GradientTransformation:
     """The chain that turns gradients into updates.
 
     Our choice: weight decay acts on every matrix, embedding and head included, and on no norm weight; the paper does
       not say.
+
+    Args:
+      config: its numbers.
+      model: what is trained: an architecture's every weight, or a tree of declarations, as `describe_adapters` gives.
+      total_steps: the step at which the learning rate reaches its end.
     """
-    decays = jax.tree.map(lambda param: param.std is not None, describe(model))
+    declared = describe(model) if isinstance(model, LlamaConfig) else model
+    decays = jax.tree.map(lambda param: param.std is not None, declared)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

@@ -12,9 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.data.packing import Batch
 from llama_jax.model import transformer
+from llama_jax.model.quantize import Int8, dequantize
 from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import sharding
 from llama_jax.training.loss import LossSums, token_loss
+
+Assemble = Callable[[Any, Any, jax.Array], Transformer]
+"""The model whose loss is wanted, from what is trained, what is frozen, and a key for what is random while training."""
 
 
 @struct.dataclass
@@ -23,10 +27,10 @@ class TrainState:
 
     step: jax.Array
     """int32, batches seen."""
-    model: Transformer
-    """float32 master weights."""
+    model: Any
+    """What is trained, in float32: a Transformer's master weights, or adapters alone."""
     opt_state: optax.OptState
-    """The optimizer's moments, laid out as the weights."""
+    """The optimizer's moments, laid out as what is trained."""
     skipped: jax.Array
     """int32, steps skipped because loss or gradient was not finite."""
     skipped_in_row: jax.Array
@@ -53,31 +57,33 @@ def init_state(config: LlamaConfig, optimizer: optax.GradientTransformation, key
     return new_state(transformer.init(config, key), optimizer)
 
 
-def new_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0 around existing weights."""
+def new_state(model: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 around existing weights or adapters."""
     step, skipped, skipped_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: a step donates each
     return TrainState(step, model, optimizer.init(model), skipped, skipped_in_row)
 
 
-def state_shardings(config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The sharding of every array of a state: moments as their weights, counters on every device."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.eval_shape(lambda: new_state(transformer.init(config, jax.random.key(0)), optimizer))
-    model = transformer.shardings(config, mesh)
-    moments = optax.tree_map_params(
-        optimizer, lambda _, s: s, shapes.opt_state, model, transform_non_params=lambda _: replicated
-    )
-    return TrainState(replicated, model, moments, replicated, replicated)
-
-
 def abstract_state(config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as shapes, dtypes and shardings, for compiling and restoring without memory."""
-    shapes = jax.eval_shape(lambda: new_state(transformer.init(config, jax.random.key(0)), optimizer))
-    return jax.tree.map(
-        lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
-        shapes,
-        state_shardings(config, optimizer, mesh),
+    """The state of a whole model as shapes, dtypes and shardings, for compiling and restoring without memory."""
+    return abstract_new_state(transformer.abstract(config, mesh), optimizer, mesh)
+
+
+def abstract_new_state(model: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """What `new_state` makes of shapes with shardings: moments lie as what they belong to, counters on every device."""
+
+    def everywhere(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return leaf.update(sharding=NamedSharding(mesh, PartitionSpec()))
+
+    shapes = jax.eval_shape(lambda model: new_state(model, optimizer), model)
+    moments = optax.tree_map_params(
+        optimizer,
+        lambda moment, weight: moment.update(sharding=weight.sharding),
+        shapes.opt_state,
+        model,
+        transform_non_params=everywhere,
     )
+    counters = {name: everywhere(getattr(shapes, name)) for name in ("step", "skipped", "skipped_in_row")}
+    return TrainState(model=model, opt_state=moments, **counters)
 
 
 def abstract_batch(mesh: Mesh, rows: int, length: int) -> Batch:
@@ -94,9 +100,15 @@ def batch_loss(
     x_BTD = model.hidden(
         batch.tokens_BT, positions_BT=batch.positions_BT, segment_ids_BT=batch.segment_ids_BT, compute=compute
     )
-    return token_loss(
-        x_BTD, model.output_head().astype(x_BTD.dtype), batch.targets_BT, weights_BT, compute.loss_chunk, z_loss
-    )
+    head_DV = model.output_head()
+    if isinstance(head_DV, Int8):  # frozen: widened once, not for every chunk of tokens
+        head_DV = dequantize(head_DV)
+    return token_loss(x_BTD, head_DV.astype(x_BTD.dtype), batch.targets_BT, weights_BT, compute.loss_chunk, z_loss)
+
+
+def whole_model(model: Transformer, frozen: None, key: jax.Array) -> Transformer:
+    """The model of a step that trains every weight: nothing is frozen, nothing random."""
+    return model
 
 
 def make_train_step(
@@ -106,8 +118,10 @@ def make_train_step(
     micro_batches: int = 1,
     z_loss: float = 0.0,
     layout: TrainState | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Builds the jitted step; it donates the state it is given.
+    assemble: Assemble = whole_model,
+    seed: int = 0,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Builds the jitted `step(state, batch, frozen=None)`; it donates the state it is given, and reads the frozen part.
 
     The loss is the mean over every target of the global batch, so neither the number of micro-batches nor the number
     of devices changes it.
@@ -119,22 +133,24 @@ def make_train_step(
       micro_batches: parts the batch is split into, one after the other, to save memory; must divide the rows each
         device holds.
       z_loss: weight of log(Z)^2.
-      layout: shardings of the state on the ambient mesh, from `state_shardings`; none on a single device.
+      layout: shardings of the state on the ambient mesh, those of `abstract_state`; none on a single device.
+      assemble: makes the model out of what is trained and what is frozen.
+      seed: of what is random in it; every step and micro-batch has a key of its own.
     """
 
-    def mean_gradients(model: Transformer, batch: Batch) -> tuple[LossSums, Transformer]:
+    def mean_gradients(trained: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[LossSums, Any]:
         weights_BT = batch.loss_mask_BT / jnp.maximum(batch.loss_mask_BT.sum(), 1).astype(jnp.float32)
 
-        def loss(model: Transformer, part: Batch, weights: jax.Array) -> tuple[jax.Array, LossSums]:
-            sums = batch_loss(model, part, weights, compute, z_loss)
+        def loss(trained: Any, part: Batch, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, LossSums]:
+            sums = batch_loss(assemble(trained, frozen, key), part, weights, compute, z_loss)
             return sums.loss, sums
 
-        def gradients(part: Batch, weights: jax.Array) -> tuple[LossSums, Transformer]:
-            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, part, weights)
+        def gradients(part: Batch, weights: jax.Array, key: jax.Array) -> tuple[LossSums, Any]:
+            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(trained, part, weights, key)
             return sums, (grads if layout is None else jax.lax.with_sharding_constraint(grads, layout.model))
 
         if micro_batches == 1:
-            return gradients(batch, weights_BT)
+            return gradients(batch, weights_BT, key)
 
         def split(a_BT: jax.Array) -> jax.Array:
             # Row r goes to part r % micro_batches: every part lies on every device, and no row moves.
@@ -143,11 +159,13 @@ def make_train_step(
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradients(*part)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, batch, weights_BT))
-        return jax.lax.scan(add, zeros, jax.tree.map(split, (batch, weights_BT)))[0]
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, batch, weights_BT, key))
+        parts = (*jax.tree.map(split, (batch, weights_BT)), jax.random.split(key, micro_batches))
+        return jax.lax.scan(add, zeros, parts)[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        sums, grads = mean_gradients(state.model, batch)
+    def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        sums, grads = mean_gradients(state.model, frozen, batch, key)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
