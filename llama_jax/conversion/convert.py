@@ -19,12 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from llama_jax.conversion import layout, source
+from llama_jax.conversion.adapted import AdaptedSource, read_adapters
 from llama_jax.conversion.huggingface import HuggingFaceSink, HuggingFaceSource
 from llama_jax.conversion.llama2c import Llama2cSink, Llama2cSource
 from llama_jax.conversion.meta import MetaSink, MetaSource
 from llama_jax.conversion.ours import OurSink, OurSource
 from llama_jax.conversion.source import Overrides, Source
 from llama_jax.errors import UserError
+from llama_jax.training.checkpoint import find_checkpoints
 
 Form = Literal["hf", "meta", "ours", "llama2c"]
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -107,6 +109,9 @@ def open_source(path: str | Path, form: Form | None = None, overrides: Overrides
     if not path.exists():
         raise UserError(f"{path} does not exist; name a checkpoint's folder")
     try:
+        if form == "ours" and (found := read_adapters(find_checkpoints(path)[-1])):
+            adapters, lora, base = found
+            return AdaptedSource(open_source(base, overrides=overrides), adapters, lora)
         return _SOURCES[form](path, overrides)
     except UserError as error:
         if str(path) in str(error):
@@ -253,6 +258,8 @@ def _whole(dst: Path, size: int) -> Iterator[Path]:
     """A temporary folder beside the destination that takes its name if all goes well, and goes away if not."""
     temporary = dst.with_name(f"{dst.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
+    if temporary.exists():
+        raise UserError(f"{temporary}, which {dst} is called while it is made, is there already; remove it")
     temporary.mkdir(parents=True)
     try:
         if (free := shutil.disk_usage(temporary).free) < size:

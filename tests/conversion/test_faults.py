@@ -378,6 +378,13 @@ def test_a_destination_that_exists_is_not_touched(tmp_path, capfd, to: str):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_what_is_in_the_way_of_the_temporary_folder_is_named(tmp_path, capfd):
+    src, file = write_hf(tmp_path / "a", state_of()), tmp_path / "b.partial"
+    file.write_text("kept")
+    refused(capfd, "convert", src, tmp_path / "b", "--to", "meta", naming=[file, "remove it"])
+    assert file.read_text() == "kept" and not (tmp_path / "b").exists()
+
+
 def test_an_empty_destination_is_taken(tmp_path, capfd):
     src, dst = write_hf(tmp_path / "a", state_of()), tmp_path / "b"
     dst.mkdir()
