@@ -76,35 +76,6 @@ class Skipped:
         return f"{self.count} of {self.rows} rows ({self.count / self.rows:.2%}) left out: {reasons}"
 
 
-def read_dialogues(spec: str, template: Template, skipped: Skipped, shape: Shape | None = None) -> Iterator[Dialogue]:
-    """Gives the dialogues of a source that can be encoded with `template`, in order; counts the rest in `skipped`.
-
-    The shape is the one that fits most of the first rows, unless given.
-    Raises UserError if the source cannot be opened or its first rows have no known shape.
-    """
-    rows = _open_rows(spec)
-    shape = shape or detect_shape(rows, spec)
-    for index in range(len(rows)):
-        skipped.rows += 1
-        try:
-            dialogue = _read_row(rows[index], shape)
-            check_dialogue(dialogue, template, last="assistant")
-        except BadDialogue as error:
-            skipped.add(error, lambda index=index: rows.place(index))
-        else:
-            yield dialogue
-
-
-def shape_named(name: str) -> Shape | None:
-    """The shape of that name; None for "auto". Raises UserError for another name."""
-    if name == "auto":
-        return None
-    for shape in SHAPES:
-        if shape.name == name:
-            return shape
-    raise UserError(f"--data.shape {name} is none of auto, {', '.join(shape.name for shape in SHAPES)}.")
-
-
 class Rows(Protocol):
     """Rows by number."""
 
@@ -117,6 +88,31 @@ class Rows(Protocol):
     def place(self, index: int) -> str:
         """Where the row stands, for people."""
         ...
+
+
+def open_rows(spec: str) -> Rows:
+    """Opens a source of dialogues. Raises UserError for a name that is none, or if there is nothing to read."""
+    if re.search(r"\.jsonl?(\.gz|\.zst)?$", spec) and (":" not in spec or Path(spec).exists()):
+        return _JsonRows(spec)
+    scheme, _, rest = spec.partition(":")
+    if scheme == "jsonl" and rest:
+        return _JsonRows(rest)
+    if scheme in ("hf", "tfds") and rest:
+        return _LibraryRows(spec)
+    raise UserError(
+        f"{spec!r} is no source of dialogues. Expected a .jsonl file (.gz and .zst too), jsonl:GLOB, "
+        "hf:NAME[@CONFIG][:SPLIT] or tfds:NAME[:SPLIT]."
+    )
+
+
+def shape_named(name: str) -> Shape | None:
+    """The shape of that name; None for "auto". Raises UserError for another name."""
+    if name == "auto":
+        return None
+    for shape in SHAPES:
+        if shape.name == name:
+            return shape
+    raise UserError(f"--data.shape {name} is none of auto, {', '.join(shape.name for shape in SHAPES)}.")
 
 
 def detect_shape(rows: Rows, spec: str) -> Shape:
@@ -141,6 +137,19 @@ def detect_shape(rows: Rows, spec: str) -> Shape:
     found = f"its first row has the fields {', '.join(fields) or '(none)'}" if looked_at else problem
     known = "; ".join(f"{shape.name}: {shape.description}" for shape in SHAPES)
     raise UserError(f"{spec} holds no dialogues of a known shape: {found}. Expected one of {known}.")
+
+
+def read_dialogues(rows: Rows, shape: Shape, template: Template, skipped: Skipped) -> Iterator[Dialogue]:
+    """Gives the dialogues of rows that can be encoded with `template`, in order; counts the rest in `skipped`."""
+    for index in range(len(rows)):
+        skipped.rows += 1
+        try:
+            dialogue = _read_row(rows[index], shape)
+            check_dialogue(dialogue, template, last="assistant")
+        except BadDialogue as error:
+            skipped.add(error, lambda index=index: rows.place(index))
+        else:
+            yield dialogue
 
 
 class _JsonRows:
@@ -184,20 +193,6 @@ class _LibraryRows:
 
     def place(self, index: int) -> str:
         return f"{self._spec}, record {index}"
-
-
-def _open_rows(spec: str) -> Rows:
-    if re.search(r"\.jsonl?(\.gz|\.zst)?$", spec) and (":" not in spec or Path(spec).exists()):
-        return _JsonRows(spec)
-    scheme, _, rest = spec.partition(":")
-    if scheme == "jsonl" and rest:
-        return _JsonRows(rest)
-    if scheme in ("hf", "tfds") and rest:
-        return _LibraryRows(spec)
-    raise UserError(
-        f"{spec!r} is no source of dialogues. Expected a .jsonl file (.gz and .zst too), jsonl:GLOB, "
-        "hf:NAME[@CONFIG][:SPLIT] or tfds:NAME[:SPLIT]."
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from llama_jax.data.dialogues import Skipped, read_dialogues, shape_named
+from llama_jax.data.dialogues import Shape, Skipped, detect_shape, open_rows, read_dialogues, shape_named
 from llama_jax.data.packing import Batch
 from llama_jax.data.pipeline import own_rows
 from llama_jax.errors import UserError
@@ -110,6 +110,8 @@ class Loaded(NamedTuple):
 
     train: Examples
     held_out: Examples
+    shapes: tuple[Shape, ...]
+    """How the rows of each source hold dialogues."""
     skipped: tuple[Skipped, ...]
     """Bad rows, for each source."""
     shortened: int
@@ -118,7 +120,10 @@ class Loaded(NamedTuple):
     """Dialogues left out because not even their first question and answer fit a row."""
 
     def __str__(self) -> str:
-        lines = [str(skipped) for skipped in self.skipped]
+        lines = [
+            f"{shape.name} ({shape.description}): {skipped}"
+            for shape, skipped in zip(self.shapes, self.skipped, strict=True)
+        ]
         if self.shortened or self.too_long:
             lines.append(f"{self.shortened} dialogues cut at a turn to fit a row, {self.too_long} left out as too long")
         lines.append(f"{len(self.train)} examples to train on, {len(self.held_out)} held out")
@@ -132,14 +137,17 @@ def load_examples(config: DialogueConfig, tokenizer: Tokenizer, template: Templa
     """
     _check(config)
     train, held_out = _Growing(tokenizer.vocab_size), _Growing(tokenizer.vocab_size)
-    shape = shape_named(config.shape)
+    named = shape_named(config.shape)
+    shapes: list[Shape] = []
     all_skipped: list[Skipped] = []
     shortened = too_long = 0
     for spec in config.sources:
+        rows = open_rows(spec)
+        shapes.append(shape := named or detect_shape(rows, spec))
         all_skipped.append(skipped := Skipped())
         train.begin_source()
         held_out.begin_source()
-        for dialogue in read_dialogues(spec, template, skipped, shape):
+        for dialogue in read_dialogues(rows, shape, template, skipped):
             whole = with_system(dialogue, config.system_prompt)
             encoded, kept = encode_to_fit(tokenizer, whole, template, length + 1)
             shortened += 0 < kept < len(whole)
@@ -147,7 +155,7 @@ def load_examples(config: DialogueConfig, tokenizer: Tokenizer, template: Templa
             if kept:
                 (held_out if content_hash(dialogue) < config.held_out * 2**64 else train).add(encoded)
         skipped.check(config.bad_rows)
-    loaded = Loaded(train.examples(), held_out.examples(), tuple(all_skipped), shortened, too_long)
+    loaded = Loaded(train.examples(), held_out.examples(), tuple(shapes), tuple(all_skipped), shortened, too_long)
     if not len(loaded.train):
         raise UserError(f"No dialogue is left to train on:\n{loaded}\nUse longer rows or more data.")
     return loaded

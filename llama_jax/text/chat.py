@@ -7,6 +7,7 @@ answer, which the paper's loss on "answer tokens" leaves open: a model never tra
 know how to get from its last word to EOS.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -167,6 +168,19 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], template: T
     """
     check_dialogue(messages, template, last="user")
     return template.encode(tokenizer, messages).ids
+
+
+def shown(tokenizer: Tokenizer, encoded: Encoded, marks: tuple[str, str] = ("\x1b[32m", "\x1b[0m")) -> str:
+    """The text of a dialogue as the model reads it, BOS and EOS spelled out, what is trained between marks (green)."""
+    text = ""
+    for trained, run in itertools.groupby(zip(*encoded, strict=True), key=lambda pair: pair[1]):
+        stream = tokenizer.stream(continues=True)
+        parts = [
+            "<s>" if i == tokenizer.bos_id else "</s>" if i == tokenizer.eos_id else stream.push(i) for i, _ in run
+        ]
+        body = "".join(parts) + stream.finish()
+        text += f"{marks[0]}{body}{marks[1]}" if trained else body
+    return text
 
 
 def with_system(messages: Sequence[Message], system: str = DEFAULT_SYSTEM_PROMPT) -> Dialogue:

@@ -5,12 +5,22 @@ import importlib
 import json
 import sys
 import types
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import zstandard
 
-from llama_jax.data.dialogues import LONGEST_MESSAGE, SHAPES, Skipped, read_dialogues, shape_named
+from llama_jax.data.dialogues import (
+    LONGEST_MESSAGE,
+    SHAPES,
+    Skipped,
+    detect_shape,
+    open_rows,
+    read_dialogues,
+    shape_named,
+)
+from llama_jax.data.examples import DialogueConfig
 from llama_jax.errors import UserError
 from llama_jax.text.chat import Llama2Chat, Message
 
@@ -27,9 +37,9 @@ def write(path, rows) -> str:
     return str(path)
 
 
-def read(spec, **options):
-    skipped = Skipped()
-    return list(read_dialogues(spec, TEMPLATE, skipped, **options)), skipped
+def read(spec, shape=None):
+    rows, skipped = open_rows(spec), Skipped()
+    return list(read_dialogues(rows, shape or detect_shape(rows, spec), TEMPLATE, skipped)), skipped
 
 
 def turns(dialogue, role: str, content: str, names: dict[str, str] | None = None) -> list[dict]:
@@ -279,5 +289,5 @@ def test_real_transcripts(shared, tmp_path, monkeypatch):
     assert len(dialogues) == 1150 and {"".join(text.split()) for text in rebuilt} <= squeezed
 
 
-def test_shapes_have_names_of_their_own():
-    assert len({shape.name for shape in SHAPES}) == len(SHAPES) == 4
+def test_the_flag_names_every_shape():
+    assert get_args(get_type_hints(DialogueConfig)["shape"]) == ("auto", *(shape.name for shape in SHAPES))

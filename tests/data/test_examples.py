@@ -356,7 +356,8 @@ def test_too_many_bad_rows_are_an_error(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"2 of 152 rows \(1\.32%\) left out: 2 wrong roles; at most 1\.00% may be"):
         load_examples(config, tokenizer, TEMPLATE, LENGTH)
     lenient = load_examples(dataclasses.replace(config, bad_rows=0.02), tokenizer, TEMPLATE, LENGTH)
-    assert str(lenient).startswith("2 of 152 rows (1.32%) left out")
+    assert str(lenient).startswith("messages (`messages` or `conversations`, ")
+    assert "): 2 of 152 rows (1.32%) left out: 2 wrong roles\n" in str(lenient)
 
 
 @pytest.mark.parametrize(

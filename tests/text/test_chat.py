@@ -19,6 +19,7 @@ from llama_jax.text.chat import (
     Plain,
     encode_dialogue,
     encode_prompt,
+    shown,
     with_system,
 )
 from llama_jax.text.tokenizer import Tokenizer
@@ -198,6 +199,16 @@ def test_plain_pairs_are_one_text_each_with_nothing_stripped(tokenizer):
         assert encoded.ids == [i for q, a in pairs for i in tokenizer.encode(f"{q}\n{a}", eos=True)]
         runs = trained_runs(encoded)
         assert [decoded_within(tokenizer, run) for run in runs] == [as_decoded(a) for _, a in pairs]
+
+
+def test_what_is_shown_is_the_format_with_the_answers_marked(tokenizer):
+    for messages in DIALOGUES[:100]:
+        if messages[0].role != "system":
+            encoded = encode_dialogue(tokenizer, messages, LLAMA2)
+            turns = [as_decoded(content.strip()) for _, content in messages]
+            pairs = zip(turns[::2], turns[1::2], strict=True)
+            expected = "".join(f"<s> [INST] {q} [/INST]{{ {a} </s>}}" for q, a in pairs)
+            assert shown(tokenizer, encoded, ("{", "}")) == expected
 
 
 any_text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
