@@ -213,6 +213,8 @@ def test_weights_are_shares_of_the_tokens():
         counts.update(numbers.tolist())
         places += [examples.places[numbers[part]].sum() for part in (numbers < 50, numbers >= 50)]
     assert abs(places[0] / places.sum() - 0.75) < 0.005
+    first, second = (Packing(examples, 64)._draw(0, epoch).tolist() for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50)) and first != second
     for source in (range(50), range(50, 450)):  # whole rounds: no example comes twice before all came once
         times = [counts[number] for number in source]
         assert max(times) - min(times) <= 1
@@ -296,6 +298,17 @@ def test_what_is_cut_or_left_out_is_counted(tmp_path, tokenizer):
     assert "1 dialogues cut at a turn to fit a row, 1 left out as too long" in str(loaded)
     with pytest.raises(UserError, match=r"No dialogue is left to train on"):
         load_examples(DialogueConfig(sources=(spec,), held_out=0), tokenizer, TEMPLATE, 4)
+
+
+def test_an_example_may_have_one_token_more_than_a_row_has_places(tmp_path, tokenizer):
+    """Its last token is only a target."""
+    config = DialogueConfig(sources=(write(tmp_path / "t.jsonl", DIALOGUES[1:2]),), held_out=0)
+    tokens = len(encode_dialogue(tokenizer, DIALOGUES[1], TEMPLATE).ids)
+    examples = load_examples(config, tokenizer, TEMPLATE, tokens - 1).train
+    (found,) = segments_of(np.stack(epoch_batches(Packing(examples, tokens - 1)), axis=-1))
+    assert len(found.ids) == tokens
+    with pytest.raises(UserError, match="1 left out as too long"):
+        load_examples(config, tokenizer, TEMPLATE, tokens - 2)
 
 
 def test_held_out_dialogues_follow_their_content_alone(tmp_path, tokenizer):

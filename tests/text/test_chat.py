@@ -1,5 +1,6 @@
 """Dialogues to ids: against the format written out by hand, Hugging Face's template, and the answers themselves."""
 
+import functools
 import json
 import random
 
@@ -220,19 +221,20 @@ def test_the_border_of_two_texts_is_exact_for_any_text(tokenizer, text, continua
     ids, border = tokenizer.encode_continued(text, continuation)
     assert ids == tokenizer.encode(text + continuation, bos=False)
     # What lies before the border is the first text up to the token that holds both; what lies behind has all the rest.
-    before, behind = (b"".join(surface(tokenizer, i) for i in part) for part in (ids[:border], ids[border:]))
+    before, behind = (b"".join(surfaces(tokenizer)[i] for i in part) for part in (ids[:border], ids[border:]))
     first, second = (as_decoded(part).encode() for part in (text, continuation))
     assert (b" " + first).startswith(before) and behind.endswith(second)
     if before != b" " + first and text and continuation:  # then one token holds both, and it comes first
-        assert len(before) + len(surface(tokenizer, ids[border])) > 1 + len(first)
+        assert len(before) + len(surfaces(tokenizer)[ids[border]]) > 1 + len(first)
     if not continuation and text:
         assert border == len(ids)
 
 
-def surface(tokenizer, i: int) -> bytes:
-    piece = tokenizer.pieces()[i][0]
-    is_byte = 3 <= i < 259
-    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("\u2581", " ").encode()
+@functools.cache
+def surfaces(tokenizer) -> list[bytes]:
+    """The bytes that each id stands for."""
+    pieces = [piece for piece, _ in tokenizer.pieces()]
+    return [bytes([i - 3]) if 3 <= i < 259 else piece.replace("\u2581", " ").encode() for i, piece in enumerate(pieces)]
 
 
 def test_a_token_over_the_border_belongs_to_the_answer(tokenizer):
