@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 from llama_jax.model.low_rank import Lora
+from llama_jax.model.nf4 import Nf4, widen
 from llama_jax.model.quantize import Int8, dequantize, input_axes
 from llama_jax.model.transformer import Param, Transformer, describe
 from llama_jax.parallel.mesh import sharding
@@ -149,16 +150,17 @@ def merge(model: Transformer, adapters: Adapters, lora: LoraConfig) -> Transform
     """
 
     def leaf(name: str, weight: Any) -> Any:
-        stacked = name.startswith("layers.")
-        if isinstance(weight, Int8):
-            weight = _widen(weight, stacked)
+        if isinstance(weight, Int8 | Nf4):
+            weight = _widen(weight, name.startswith("layers."))
         return _add(weight, adapters[name], lora.scale) if name in adapters else weight
 
     return _map_weights(leaf, model)
 
 
 @partial(jax.jit, static_argnums=1)
-def _widen(weight: Int8, stacked: bool) -> jax.Array:
+def _widen(weight: Int8 | Nf4, stacked: bool) -> jax.Array:
+    if isinstance(weight, Nf4):
+        return widen(weight, jnp.float32)
     return (jax.vmap(dequantize) if stacked else dequantize)(weight)
 
 
@@ -176,7 +178,7 @@ def _map_weights(function: Callable[[str, Any], Any], model: Transformer) -> Tra
     return jax.tree_util.tree_map_with_path(
         lambda path, weight: function(jax.tree_util.keystr(path, simple=True, separator="."), weight),
         model,
-        is_leaf=lambda weight: isinstance(weight, Int8),
+        is_leaf=lambda weight: isinstance(weight, Int8 | Nf4),
     )
 
 

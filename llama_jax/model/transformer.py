@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.model.attention import attend_with_cache, causal_attention
 from llama_jax.model.low_rank import Lora, lora_einsum
+from llama_jax.model.nf4 import Nf4, nf4_einsum
 from llama_jax.model.quantize import Int8, int8_einsum
 from llama_jax.parallel.mesh import constrain, sharding, ways
 
@@ -217,9 +218,9 @@ class Transformer(nnx.Module):
         """
 
         def leaf(w: Any) -> Any:
-            return w if isinstance(w, Int8) or not jnp.issubdtype(w.dtype, jnp.floating) else w.astype(dtype)
+            return w if isinstance(w, Int8 | Nf4) or not jnp.issubdtype(w.dtype, jnp.floating) else w.astype(dtype)
 
-        return jax.tree.map(leaf, self, is_leaf=lambda w: isinstance(w, Int8))
+        return jax.tree.map(leaf, self, is_leaf=lambda w: isinstance(w, Int8 | Nf4))
 
 
 def layers_apart(model: Transformer) -> Transformer:
@@ -241,7 +242,7 @@ def _layer(i: int, stacked: jax.Array) -> jax.Array:
     return stacked[i]
 
 
-def per_token(spec: str, x: jax.Array, weight: jax.Array | Int8 | Lora) -> jax.Array:
+def per_token(spec: str, x: jax.Array, weight: jax.Array | Int8 | Nf4 | Lora) -> jax.Array:
     """`jnp.einsum(spec, x, weight)` for an x whose first axes are B and T and a weight that has neither, quantised,
     adapted or plain.
 
@@ -255,12 +256,14 @@ def per_token(spec: str, x: jax.Array, weight: jax.Array | Int8 | Lora) -> jax.A
     return out.reshape(B, T, *out.shape[1:])
 
 
-def _multiply(spec: str, x: jax.Array, weight: jax.Array | Int8 | Lora) -> jax.Array:
+def _multiply(spec: str, x: jax.Array, weight: jax.Array | Int8 | Nf4 | Lora) -> jax.Array:
     match weight:
         case Lora():
             return lora_einsum(spec, x, weight, _multiply)
         case Int8():
             return int8_einsum(spec, x, weight)
+        case Nf4():
+            return nf4_einsum(spec, x, weight)
         case _:
             return jnp.einsum(spec, x, weight)
 
