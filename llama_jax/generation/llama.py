@@ -23,8 +23,10 @@ from llama_jax.errors import UserError
 from llama_jax.generation.cache import Cache, init_cache
 from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill
 from llama_jax.generation.scoring import Score, rounded_up, score_tokens
+from llama_jax.generation.session import Chat
 from llama_jax.model.transformer import Transformer, layers_apart
 from llama_jax.parallel.mesh import make_mesh, ways
+from llama_jax.text.chat import Llama2Chat, Template
 from llama_jax.text.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens read per dispatch
@@ -101,6 +103,19 @@ class Llama:
         dtype = jnp.dtype(dtype or _fast_dtype(platform))
         model, tokenizer = load_model(path, mesh, dtype, int8=int8, form=form, overrides=overrides)
         return cls(model, tokenizer, dtype)
+
+    def chat(self, system: str | None = None, *, template: Template | None = None, **settings: Any) -> Chat:
+        """Begins a conversation, for a model that was trained on dialogues.
+
+        Args:
+          system: the system prompt, if any.
+          template: the format it was trained with, such as `Plain()` for pairs of prompt and completion; Llama 2's if none.
+          **settings: max_new_tokens (here the rest of the context if not given), temperature, top_p, top_k and seed, as in `generate`.
+
+        Raises:
+          UserError: a setting out of range, or a system prompt that holds one of the template's tags.
+        """
+        return Chat(self, template or Llama2Chat(), system, **settings)
 
     def stream(
         self,
