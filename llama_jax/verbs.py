@@ -133,6 +133,95 @@ def generate(argv: Sequence[str]) -> None:
     _call(run, "generate", argv)
 
 
+def sft(argv: Sequence[str]) -> None:
+    """Takes a checkpoint or a recipe, lets the flags override its fields, and runs the stage."""
+    from llama_jax.stages.sft import SFTConfig, run
+
+    text = """Fine-tune a model on dialogues (paper 3.1), from a checkpoint of any form or from a recipe.
+
+Loss falls on the answers alone. Rows may be messages, conversations, prompt/response, instruction/output, or transcripts
+with Human: and Assistant:; --dry-run shows what was recognised and what is trained. A run that was interrupted goes on
+when it is started again with the same --out.
+
+Examples:
+  llama-jax sft Llama-2-7b-hf --data mine.jsonl --out runs/mine
+  llama-jax sft Llama-2-7b-hf --data mine.jsonl --train lora --int8 --optimizer.peak-lr 2e-4 --rows 8 --out runs/mine
+  llama-jax sft runs/books --data mine.jsonl --dry-run"""
+    if "-h" in argv[:1] or "--help" in argv[:1]:
+        tyro.cli(SFTConfig, args=["--help"], prog="llama-jax sft CHECKPOINT", description=text, config=_PLAIN)
+    if not argv or argv[0].startswith("-"):
+        raise UserError("name the model first: llama-jax sft CHECKPOINT --data FILE.jsonl (llama-jax sft --help)")
+    is_recipe = argv[0].endswith(".py") or argv[0] in [path.stem for path in list_recipes()]
+    config = load_recipe(argv[0], SFTConfig) if is_recipe else SFTConfig(checkpoint=argv[0])
+    flags = ["--data.sources" if word == "--data" else word for word in argv[1:]]
+    run(
+        tyro.cli(
+            SFTConfig, default=config, args=flags, prog=f"llama-jax sft {argv[0]}", description=text, config=_PLAIN
+        )
+    )
+
+
+def chat(argv: Sequence[str]) -> None:
+    """See llama_jax.generation.terminal."""
+
+    def run(
+        checkpoint: Annotated[str, arg(metavar="CHECKPOINT")],
+        /,
+        *,
+        system: str | None = None,
+        default_system_prompt: bool = False,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        top_k: int = 0,
+        seed: int = 0,
+        int8: bool = False,
+        mesh: str | None = None,
+        plain: bool = False,
+    ) -> None:
+        """Talk with a fine-tuned model in the terminal, in Llama 2's chat format; /help lists what else can be typed.
+
+        On a pipe, each line is a message, and the answers, and nothing else, go to stdout.
+
+        Examples:
+          llama-jax chat runs/mine-sft
+          llama-jax chat Llama-2-7b-chat-hf --int8 --system "Answer in French."
+          printf 'Hello!\\nAnd you?\\n' | llama-jax chat runs/mine-sft --temperature 0
+
+        Args:
+          checkpoint: A run (its newest checkpoint is taken) or one checkpoint, a Hugging Face or Meta folder, a llama2.c file.
+          system: The system prompt, which stands before the whole conversation; none if not given.
+          default_system_prompt: Ask for helpful, safe and honest answers, in the manner of the paper's default prompt.
+          max_new_tokens: Stop an answer after this many tokens; only EOS and the end of the context do if not given.
+          temperature: Divides the logits; 0 always takes the likeliest token.
+          top_p: Draw from the likeliest tokens that together hold this probability; 1 for all.
+          top_k: Draw from this many likeliest tokens; 0 for all.
+          seed: The same seed gives the same conversation.
+          int8: Keep the weights in 8 bits, half the memory of bfloat16.
+          mesh: Devices to lie on, such as auto or tensor=4; one if not given.
+          plain: Prompt and completion without tags, for a model that was not trained on dialogues in this format.
+        """
+        from llama_jax.generation.llama import Llama
+        from llama_jax.generation.terminal import converse
+        from llama_jax.text.chat import DEFAULT_SYSTEM_PROMPT, Llama2Chat, Plain
+
+        if default_system_prompt and system is not None:
+            raise UserError("--system and --default-system-prompt are both given; keep one")
+        llama = Llama.load(checkpoint, mesh=mesh, int8=int8)
+        conversation = llama.chat(
+            DEFAULT_SYSTEM_PROMPT if default_system_prompt else system,
+            template=Plain() if plain else Llama2Chat(),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
+        converse(conversation)
+
+    _call(run, "chat", argv)
+
+
 def convert(argv: Sequence[str]) -> None:
     """See llama_jax.conversion.convert."""
 

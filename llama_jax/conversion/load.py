@@ -45,7 +45,8 @@ def load_model(
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
     path = locate(path)
     form = form or recognise(path)
-    if form == "ours" and overrides == Overrides() and not int8:
+    plain = form == "ours" and "adapters" not in checkpoint.read_metadata(checkpoint.find_checkpoints(path)[-1])
+    if plain and overrides == Overrides() and not int8:
         model, tokenizer = checkpoint.restore_model(path, mesh, dtype)
     else:
         opened = open_source(path, form, overrides)

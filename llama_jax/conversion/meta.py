@@ -253,9 +253,9 @@ def params_of(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _feed_forward_rule(dim: int, ffn_dim: int) -> tuple[int, float | None]:
-    """multiple_of and ffn_dim_multiplier that make `ffn_dim`: the released models' own where they do."""
+    """multiple_of and ffn_dim_multiplier that make `ffn_dim`: for the paper's models those they were released with."""
     for multiplier in (None, 1.3, 1.2, 1.5, 1.0):
-        for power in range(12, -1, -1):
+        for power in (8, 12, 11, 10, 9, 7, 6, 5, 4, 3, 2, 1, 0):
             if feed_forward_dim(dim, 2**power, multiplier) == ffn_dim and ffn_dim % 2**power == 0:
                 return 2**power, multiplier
     # Half a unit above the wanted width, so that the rule's truncation cannot fall below it.

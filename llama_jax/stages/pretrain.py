@@ -7,7 +7,6 @@ Starting the same command again goes on from the newest checkpoint, to the bit a
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +24,15 @@ from llama_jax.data.pipeline import Cursor, DataConfig, make_batches, training_d
 from llama_jax.errors import UserError
 from llama_jax.generation.llama import Llama
 from llama_jax.parallel import distributed
-from llama_jax.parallel.mesh import check_divides, format_mesh, make_mesh, mesh_sizes
+from llama_jax.parallel.mesh import check_divides, make_mesh, mesh_sizes
 from llama_jax.text.tokenizer import FILE_NAME, Tokenizer
+from llama_jax.training import compiled as compiling
 from llama_jax.training import step as steps
 from llama_jax.training.batches import share_of_process
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.held_out import make_held_out_loss
 from llama_jax.training.loop import LoopConfig, fit
-from llama_jax.training.metrics import device_memory, format_count, say
+from llama_jax.training.metrics import format_count, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from llama_jax.training.run_folder import differences, make_folder, open_run, without, write_whole
 from llama_jax.training.step import TrainState
@@ -270,52 +270,28 @@ def compile_step(
     Raises:
       UserError: the compiler finds that it does not fit the device's memory.
     """
-    say(f"compiling the step of a {format_count(config.model.n_params)}-parameter model ...")
     abstract = steps.abstract_state(config.model, optimizer, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     train_step = steps.make_train_step(
         optimizer, config.compute, micro_batches=config.micro_batches, z_loss=config.z_loss, layout=layout
     )
-    began = time.monotonic()
-    try:
-        compiled = train_step.lower(abstract, steps.abstract_batch(mesh, config.rows, config.length)).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            f"the step does not fit the memory of a device: {str(error).splitlines()[0][:300]}; "
-            "try --compute.remat full, more --micro-batches, or a mesh with more fsdp or tensor"
-        ) from error
-    memory = compiled.memory_analysis()
-    state_bytes = memory.argument_size_in_bytes
-    available = device_memory()
-    plan = {
-        "recipe": dataclasses.asdict(config),
-        "mesh": mesh_sizes(mesh),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "parameters": config.model.n_params,
-        "steps": config.total_steps,
-        "sequences_per_batch": config.rows,
-        "bytes_per_device": {"state_and_batch": state_bytes, "temporary": memory.temp_size_in_bytes},
-        "bytes_available": None if available is None else int(available[1] * 1e9),
-        "compile_seconds": round(time.monotonic() - began, 1),
-    }
-    return compiled, plan
+    batch = steps.abstract_batch(mesh, config.rows, config.length)
+    compiled, plan = compiling.compile_step(train_step, mesh, config.model.n_params, abstract, batch)
+    own = {"steps": config.total_steps, "sequences_per_batch": config.rows}
+    return compiled, {"recipe": dataclasses.asdict(config)} | plan | own
 
 
 def banner(config: PretrainConfig, plan: dict[str, Any]) -> str:
     """The plan of `compile_step` for people."""
-    state, temporary = plan["bytes_per_device"].values()
-    available = plan["bytes_available"]
+    known = compiling.describe_plan(plan)
     lines = [
-        f"devices     {plan['devices']}, mesh {format_mesh(plan['mesh'])}, {jax.process_count()} process(es)",
+        f"devices     {known['devices']}",
         f"parameters  {config.model.n_params:,}",
         f"data        {', '.join(config.data.sources)}",
         f"batch       {config.batch_tokens:,} tokens: {config.rows} sequences of {config.length}, "
         f"in {config.micro_batches} part(s)",
         f"steps       {config.total_steps:,} for {format_count(config.train_tokens)} tokens",
-        f"memory      {(state + temporary) / 1e9:.2f} GB a device predicted ({state / 1e9:.2f} state and batch, "
-        f"{temporary / 1e9:.2f} temporary)" + ("" if available is None else f", {available / 1e9:.1f} available"),
+        f"memory      {known['memory']}",
         f"compute     {config.compute.dtype} matmuls, attention {config.compute.attention}, remat {config.compute.remat}; "
         f"compiled in {plan['compile_seconds']} s",
         f"run folder  {config.out}",

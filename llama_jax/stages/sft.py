@@ -1,0 +1,352 @@
+"""Supervised fine-tuning (paper 3.1): next-token prediction on dialogues, with the loss on the answers alone.
+
+The paper's settings are the defaults: two epochs, batches of 64 rows of 4096 tokens, a cosine from 2e-5, weight decay
+0.1. With `train="lora"` every weight is frozen and low-rank adapters beside them are trained instead (not in the paper).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+from optax import GradientTransformation
+
+from llama_jax.config import Compute, LlamaConfig
+from llama_jax.conversion.convert import locate, open_source
+from llama_jax.conversion.load import load_model
+from llama_jax.conversion.source import TOKENIZER
+from llama_jax.data.examples import (
+    DialogueConfig,
+    Examples,
+    Loaded,
+    Packing,
+    RowCursor,
+    answer_batches,
+    held_out_answer_batches,
+    load_examples,
+)
+from llama_jax.errors import UserError
+from llama_jax.model.lora import LoraConfig, abstract_adapters, adapt, describe_adapters, init_adapters
+from llama_jax.model.quantize import quantize_abstract
+from llama_jax.model.transformer import Transformer, abstract
+from llama_jax.parallel import distributed
+from llama_jax.parallel.mesh import check_divides, make_mesh, mesh_sizes
+from llama_jax.text.chat import Llama2Chat, Plain, Template
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training import compiled as compiling
+from llama_jax.training import step as steps
+from llama_jax.training.batches import share_of_process
+from llama_jax.training.checkpoint import Checkpoints
+from llama_jax.training.held_out import make_score
+from llama_jax.training.loop import LoopConfig, fit
+from llama_jax.training.metrics import say
+from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from llama_jax.training.run_folder import make_folder, open_run, without
+from llama_jax.training.step import TrainState
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """One fine-tuning run."""
+
+    checkpoint: str = ""
+    """The model to begin with, of any form."""
+    data: DialogueConfig = field(default_factory=DialogueConfig)
+    """The dialogues."""
+    plain: bool = False
+    """Prompt and completion as plain text, instead of Llama 2's chat format."""
+    epochs: int = 2
+    """Passes over the dialogues."""
+    rows: int = 64
+    """Rows of packed dialogues in a global batch."""
+    length: int = 0
+    """Tokens in a row; 0: the model's context."""
+    # Our choice: no warm-up and a tenth of the peak at the end; the paper says neither.
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(peak_lr=2e-5, warmup_steps=0))
+    """AdamW and its schedule; 1e-4 to 2e-4 is common for adapters."""
+    train: Literal["all", "lora"] = "all"
+    """What is trained: every weight, or low-rank adapters beside frozen ones."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapters, where they are trained."""
+    int8: bool = False
+    """Keep the frozen weights in 8 bits."""
+    compute: Compute = field(default_factory=Compute)
+    """Precision, attention kernel and what is recomputed; memory and speed, not the result."""
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=100, save_every=100))
+    """How often to log, evaluate and save."""
+    micro_batches: int = 1
+    """Parts a batch is split into, one after the other, to save memory; the result is the same."""
+    mesh: str = "auto"
+    """Devices per axis, such as data=2,fsdp=4,tensor=2; auto is fsdp over all."""
+    seed: int = 0
+    """Of adapters, dropout and the order of the dialogues."""
+    out: str = "runs/sft"
+    """The run's folder."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Go on from the newest checkpoint in the folder: if there is one; never (refuses a folder that has one); or fail
+    without one.
+    """
+    dry_run: bool = False
+    """Print three examples with the trained tokens marked, the mesh and the memory, and touch nothing."""
+    json: bool = False
+    """Print the dry run as JSON."""
+
+
+FREE_TO_CHANGE = (
+    *("compute.attention", "compute.remat", "compute.loss_chunk", "loop", "micro_batches"),
+    *("mesh", "out", "resume", "dry_run", "json"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration with what its checkpoint and its data turned out to be."""
+
+    config: SFTConfig
+    model: LlamaConfig
+    tokenizer: Tokenizer
+    loaded: Loaded
+    packing: Packing
+    total_steps: int
+    mesh: Mesh
+    optimizer: GradientTransformation
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether adapters are trained."""
+        return self.config.train == "lora"
+
+
+def run(config: SFTConfig) -> None:
+    """Fine-tunes what `config` describes into `config.out`, going on where an earlier run of it stopped.
+
+    Raises:
+      UserError: checkpoint, data, devices or the run found in the folder do not fit the recipe.
+      Diverged: loss or gradient was not finite three times in a row.
+      Preempted: told to stop, and saved.
+    """
+    distributed.initialize()
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        prepared = prepare(config, mesh)
+        say(str(prepared.loaded))
+        if config.dry_run:
+            show(prepared, compile_step(prepared)[1])
+            return
+        folder = Path(config.out)
+        make_folder(folder)
+        checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
+        try:
+            decisive = without(config, FREE_TO_CHANGE) | {"tokenizer": prepared.tokenizer.sha256}
+            open_run(folder, "sft", config, decisive, prepared.tokenizer, checkpoints)
+            metadata = {"recipe": decisive} | (adapters_metadata(prepared) if prepared.is_lora else {})
+
+            def save(state: TrainState, cursor: RowCursor) -> None:
+                checkpoints.save(state, metadata | {"cursor": cursor._asdict()}, prepared.tokenizer)
+
+            train(prepared, checkpoints, save)
+        finally:
+            checkpoints.close()
+    say(f"done: {folder}; try: llama-jax chat {folder}")
+
+
+def prepare(config: SFTConfig, mesh: Mesh) -> Run:
+    """Opens the checkpoint without reading its weights, and reads, encodes and packs the data.
+
+    Raises:
+      UserError: they do not fit each other, the recipe or the devices.
+    """
+    if not config.checkpoint:
+        raise UserError("name the model to fine-tune: llama-jax sft CHECKPOINT --data FILE.jsonl")
+    if config.int8 and config.train != "lora":
+        raise UserError("--int8 freezes the weights in 8 bits, and --train all trains them; say --train lora")
+    opened = open_source(config.checkpoint)
+    if TOKENIZER not in opened.assets:
+        raise UserError(f"{config.checkpoint} has no {TOKENIZER}; copy the model's own beside its weights")
+    tokenizer = Tokenizer(opened.assets[TOKENIZER], f"{config.checkpoint}/{TOKENIZER}")
+    length = config.length or opened.config.context_length
+    if length > opened.config.context_length:
+        raise UserError(f"--length {length} is more than the model's context of {opened.config.context_length} tokens")
+    if config.micro_batches < 1 or config.rows % config.micro_batches:
+        raise UserError(f"--micro-batches {config.micro_batches} does not divide the {config.rows} rows of a batch")
+    check_divides(mesh_sizes(mesh), opened.config, config.rows // config.micro_batches, length)
+    template: Template = Plain() if config.plain else Llama2Chat()
+    loaded = load_examples(config.data, tokenizer, template, length)
+    packing = Packing(loaded.train, length, config.seed, config.data.weights)
+    total_steps = math.ceil(packing.count(config.epochs) / config.rows)
+    trained = describe_adapters(opened.config, config.lora) if config.train == "lora" else opened.config
+    optimizer = make_optimizer(config.optimizer, trained, total_steps)
+    return Run(config, opened.config, tokenizer, loaded, packing, total_steps, mesh, optimizer)
+
+
+def train(prepared: Run, checkpoints: Checkpoints, save: Callable[[TrainState, RowCursor], None]) -> None:
+    """Feeds the batches behind the newest checkpoint's cursor to the loop, on the ambient mesh."""
+    config, mesh = prepared.config, prepared.mesh
+    compiled, plan = compile_step(prepared)
+    say(banner(prepared, plan))
+    state, frozen, cursor = begin(prepared, checkpoints)
+    batches = answer_batches(prepared.packing, rows=config.rows, cursor=cursor, **share_of_process(mesh, config.rows))
+    fit(
+        state,
+        lambda state, batch: compiled(state, batch, frozen),
+        batches,
+        model=prepared.model,
+        mesh=mesh,
+        rows=config.rows,
+        length=prepared.packing.length,
+        total_steps=prepared.total_steps,
+        loop=config.loop,
+        schedule=learning_rate(config.optimizer, prepared.total_steps),
+        folder=Path(config.out),
+        save=save,
+        evaluate=make_evaluation(prepared, frozen),
+    )
+
+
+def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, RowCursor]:
+    """The state to train from, what stays frozen beside it, and the place in the data."""
+    config, mesh, optimizer = prepared.config, prepared.mesh, prepared.optimizer
+    abstract_state = describe_state(prepared)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    frozen = None
+    if prepared.is_lora:
+        frozen = load_model(config.checkpoint, mesh, config.compute.dtype, int8=config.int8)[0]
+    if restored := checkpoints.restore_newest(abstract_state):
+        state, metadata = restored
+        say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
+        return state, frozen, RowCursor(**metadata["cursor"])
+    if prepared.is_lora:
+        key = jax.random.key(config.seed)
+        fresh = jax.jit(
+            lambda: steps.new_state(init_adapters(prepared.model, config.lora, key), optimizer), out_shardings=layout
+        )
+        return fresh(), frozen, RowCursor()
+    model = load_model(config.checkpoint, mesh, "float32")[0]
+    adopt = jax.jit(lambda model: steps.new_state(model, optimizer), out_shardings=layout, donate_argnums=0)
+    return adopt(model), None, RowCursor()
+
+
+def describe_state(prepared: Run) -> TrainState:
+    """The state as shapes, dtypes and shardings."""
+    config, mesh, optimizer = prepared.config, prepared.mesh, prepared.optimizer
+    if not prepared.is_lora:
+        return steps.abstract_state(prepared.model, optimizer, mesh)
+    return steps.abstract_new_state(abstract_adapters(prepared.model, config.lora, mesh), optimizer, mesh)
+
+
+def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
+    """Compiles the training step without any array; gives `step(state, batch, frozen)` and what it will take."""
+    config, mesh = prepared.config, prepared.mesh
+    state = describe_state(prepared)
+    frozen, assemble = None, steps.whole_model
+    if prepared.is_lora:
+        frozen = abstract(prepared.model, mesh, config.compute.dtype)
+        frozen = quantize_abstract(frozen) if config.int8 else frozen
+
+        def assemble(adapters: Any, frozen: Transformer, key: jax.Array) -> Transformer:
+            return adapt(frozen, adapters, config.lora, key)
+
+    train_step = steps.make_train_step(
+        prepared.optimizer,
+        config.compute,
+        micro_batches=config.micro_batches,
+        layout=jax.tree.map(lambda leaf: leaf.sharding, state),
+        assemble=assemble,
+        seed=config.seed,
+    )
+    batch = steps.abstract_batch(mesh, config.rows, prepared.packing.length)
+    return compiling.compile_step(train_step, mesh, prepared.model.n_params, state, batch, frozen)
+
+
+def make_evaluation(prepared: Run, frozen: Any) -> Callable[[TrainState], dict[str, float]]:
+    """Builds the loss of a state on the held-out answers, in nats per token."""
+    config, mesh = prepared.config, prepared.mesh
+    examples: Examples = prepared.loaded.held_out
+    rows = config.rows // config.micro_batches
+    score = make_score(mesh, config.compute, rows)
+
+    def batches() -> Iterator[Any]:
+        share = share_of_process(mesh, rows)
+        return held_out_answer_batches(examples, length=prepared.packing.length, rows=rows, **share)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        if not len(examples):
+            return {}
+        model = adapt(frozen, state.model, config.lora) if prepared.is_lora else state.model
+        nats, targets = score(model, batches())
+        return {"eval/loss": nats / targets}
+
+    return evaluate
+
+
+def adapters_metadata(prepared: Run) -> dict[str, Any]:
+    """What a checkpoint of adapters says beside them: their settings, and the model that they belong to."""
+    return {
+        "model": dataclasses.asdict(prepared.model),
+        "adapters": {
+            "lora": dataclasses.asdict(prepared.config.lora),
+            "base": str(locate(prepared.config.checkpoint).resolve()),
+        },
+    }
+
+
+def banner(prepared: Run, plan: dict[str, Any]) -> str:
+    """The plan for people."""
+    config, known = prepared.config, compiling.describe_plan(plan)
+    trained = "every weight"
+    if prepared.is_lora:
+        base = "int8" if config.int8 else config.compute.dtype
+        trained = f"adapters of rank {config.lora.rank} beside frozen {base} weights"
+    epoch = prepared.packing.report()
+    return "\n".join(
+        [
+            f"devices     {known['devices']}",
+            f"model       {prepared.model.n_params:,} parameters from {config.checkpoint}; trained: {trained}",
+            f"data        {', '.join(config.data.sources)}: {epoch['examples']:,} examples, "
+            f"{epoch['answer_tokens']:,} trained tokens, {epoch['rows']:,} rows of {prepared.packing.length} "
+            f"that are {epoch['efficiency']:.1%} full",
+            f"steps       {prepared.total_steps:,}: {config.epochs} epochs in batches of {config.rows} rows",
+            f"memory      {known['memory']}",
+            f"run folder  {config.out}",
+        ]
+    )
+
+
+def show(prepared: Run, plan: dict[str, Any]) -> None:
+    """Prints a dry run: the plan, and the first examples with what is trained in them marked."""
+    examples = [_pieces(prepared, number) for number in range(min(3, len(prepared.loaded.train)))]
+    if prepared.config.json:
+        recipe = dataclasses.asdict(prepared.config)
+        print(json.dumps({"recipe": recipe, "examples": examples, "steps": prepared.total_steps} | plan, indent=2))
+        return
+    print(banner(prepared, plan))
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for example in examples:
+        console.rule("an example; what is trained is [green]green and underlined[/]")
+        text = Text()
+        for piece in example:
+            text.append(piece["text"], "green underline" if piece["trained"] else None)
+        console.print(text)
+
+
+def _pieces(prepared: Run, number: int) -> list[dict[str, Any]]:
+    """An example as runs of text that are trained or not."""
+    ids, mask = prepared.loaded.train[number]
+    pieces: list[dict[str, Any]] = []
+    decoder = prepared.tokenizer.stream(continues=True)
+    for token, trained in zip(ids.tolist(), mask.tolist(), strict=True):
+        control = {prepared.tokenizer.bos_id: "<s>", prepared.tokenizer.eos_id: "</s>"}
+        text = control.get(token) or decoder.push(token)
+        if pieces and pieces[-1]["trained"] == trained:
+            pieces[-1]["text"] += text
+        else:
+            pieces.append({"trained": trained, "text": text})
+    return pieces

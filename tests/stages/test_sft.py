@@ -1,0 +1,216 @@
+"""Supervised fine-tuning: it learns the answers, all ways of running it agree, and adapters are a model like any other."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax import cli
+from llama_jax.config import Compute, LlamaConfig
+from llama_jax.conversion import layout
+from llama_jax.conversion.adapted import read_adapters
+from llama_jax.conversion.convert import convert, open_source
+from llama_jax.conversion.huggingface import HuggingFaceSink
+from llama_jax.conversion.load import load_model
+from llama_jax.conversion.verify import verify
+from llama_jax.generation.llama import Llama
+from llama_jax.model import transformer
+from llama_jax.model.lora import adapt
+from llama_jax.text.chat import Llama2Chat, Message, encode_prompt
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training.checkpoint import flat, read_metadata
+from tests.stages.runs import assert_same_run, finish, learned, start
+
+PAIRS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "sun": "yellow"}
+OTHERS = dict(zip(PAIRS, [*list(PAIRS.values())[1:], "blue"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Questions and answers, each often enough to learn."""
+    rows = [{"prompt": f"colour of {thing}?", "response": colour} for thing, colour in PAIRS.items()]
+    path = tmp_path_factory.mktemp("data") / "colours.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows * 8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A Hugging Face folder: random weights, and a tokenizer that knows the words."""
+    root = tmp_path_factory.mktemp("base")
+    words = " ".join([*PAIRS, *PAIRS.values(), "[INST] colour of ? [/INST]"]) + "\n"
+    tokenizer = Tokenizer.train([words] * 20, root / "tokenizer.model", vocab_size=320)
+    config = LlamaConfig(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, head_dim=16, vocab_size=320, context_length=64
+    )
+    model = flat(transformer.init(config, jax.random.key(0)))
+    dtypes = dict.fromkeys(model, np.dtype(np.float32))
+    folder = root / "hf"
+    folder.mkdir()
+    with HuggingFaceSink(folder, config, dtypes, {"tokenizer.model": tokenizer.model_bytes}) as sink:
+        for name, layer in sink.order:
+            whole = np.asarray(model[name])
+            sink.write(name, layer, whole if layer is None else whole[layer])
+    return folder
+
+
+def words(base: Path, data: Path, out: Path, *more: str) -> list[str]:
+    """A short run's command line; later flags win."""
+    fixed = ["--compute.dtype", "float32", "--compute.remat", "none", "--rows", "4", "--data.held-out", "0"]
+    loop = ["--loop.log-every", "1", "--loop.eval-every", "0", "--loop.save-every", "5"]
+    return ["sft", str(base), "--data", str(data), "--out", str(out), *fixed, *loop, *more]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def full(base, data, cache, tmp_path_factory) -> Path:
+    """A run that trained every weight, in a process of its own, as users do."""
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    flags = ("--epochs", "25", "--optimizer.peak-lr", "4e-3")
+    code, out, err = finish(start(words(base, data, folder, *flags), cache))
+    assert (code, out) == (0, ""), err
+    assert before == {path.name: path.read_bytes() for path in base.iterdir()}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(full, cache, tmp_path_factory) -> Path:
+    """A run of adapters beside that one's model, which had learned other answers."""
+    folder = tmp_path_factory.mktemp("runs") / "adapted"
+    rows = [{"prompt": f"colour of {thing}?", "response": colour} for thing, colour in OTHERS.items()]
+    (folder.parent / "others.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 8))
+    flags = ("--epochs", "25", "--optimizer.peak-lr", "1e-2", "--train", "lora", "--lora.rank", "8")
+    code, out, err = finish(start(words(full, folder.parent / "others.jsonl", folder, *flags), cache))
+    assert (code, out) == (0, ""), err
+    return folder
+
+
+def answers(checkpoint: Path) -> dict[str, str]:
+    """What a model says to each question."""
+    llama = Llama.load(checkpoint)
+    prompts = [
+        encode_prompt(llama.tokenizer, (Message("user", f"colour of {thing}?"),), Llama2Chat()) for thing in PAIRS
+    ]
+    done = llama.generate(prompts, temperature=0, max_new_tokens=8)
+    return {thing: completion.text.strip() for thing, completion in zip(PAIRS, done, strict=True)}
+
+
+def newest(folder: Path) -> Path:
+    return max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+
+
+def test_it_learns_every_answer_and_where_it_ends(base, full):
+    assert answers(base) != PAIRS
+    assert answers(full) == PAIRS
+
+
+def test_adapters_learn_other_answers_beside_a_model_that_keeps_its_own(full, adapted):
+    assert answers(adapted) == OTHERS
+    assert answers(full) == PAIRS
+
+
+def test_adapters_alone_are_saved(full, adapted):
+    whole = read_metadata(newest(full))["fingerprints"]["model"]
+    alone = read_metadata(newest(adapted))["fingerprints"]["model"]
+    assert set(whole) == set(layout.parameters(open_source(full).config)) and read_adapters(newest(full)) is None
+    assert alone and all(name.endswith((".a", ".b")) for name in alone)
+
+
+def test_merged_adapters_are_the_model_that_was_trained(full, adapted, tmp_path):
+    adapters, lora, _ = read_adapters(newest(adapted))
+    model, _ = load_model(full)
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 320, (1, 48)), jnp.int32)
+    fp32 = Compute(dtype="float32", remat="none")
+    beside = adapt(model, adapters, lora)(tokens_BT, compute=fp32)
+    merged = load_model(adapted)[0](tokens_BT, compute=fp32)
+    scale = np.abs(beside).max()
+    assert np.abs(beside - merged).max() < 1e-5 * scale
+    assert np.abs(beside - model(tokens_BT, compute=fp32)).max() > 0.1 * scale
+    convert(adapted, tmp_path / "hf", "hf")
+    assert verify(tmp_path / "hf", adapted).within(0)
+
+
+def test_adapters_without_their_model_are_no_model(full, adapted, capsys):
+    moved = full.with_name("moved")
+    shutil.move(full, moved)
+    try:
+        assert cli.main(["generate", str(adapted), "x"]) == 2
+    finally:
+        shutil.move(moved, full)
+    assert f"adapters for the model {full}, which is not there" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(base, data, cache, tmp_path):
+    """With adapters and dropout: keys, data and moments all go on."""
+    flags = ("--epochs", "6", "--train", "lora", "--lora.dropout", "0.2", "--optimizer.peak-lr", "1e-2")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert finish(start(words(base, data, whole, *flags), cache))[0] == 0
+    process = start(words(base, data, parts, *flags), cache)
+    for line in process.stderr:
+        if line.startswith("step 7/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    assert finish(process)[0] == 42
+    code, _, err = finish(start(words(base, data, parts, *flags, "--resume", "must"), cache))
+    assert code == 0 and "resumed at step" in err, err
+    assert_same_run(parts, whole)
+
+
+def test_devices_and_micro_batches_change_nothing(base, data, cache, tmp_path):
+    runs = {}
+    ways = {
+        "one": (1, ()),
+        "parts": (1, ("--micro-batches", "4")),
+        "meshed": (8, ("--mesh", "fsdp=2,tensor=2,data=2")),
+    }
+    for name, (devices, more) in ways.items():
+        out = tmp_path / name
+        code, _, err = finish(start(words(base, data, out, "--epochs", "4", *more), cache, devices))
+        assert code == 0, err
+        runs[name] = np.array([record["train/loss"] for record in learned(out)])
+    assert len(runs["one"]) > 5 and runs["one"][-1] < runs["one"][0]
+    for name in ("parts", "meshed"):
+        np.testing.assert_allclose(runs[name], runs["one"], rtol=1e-4)
+
+
+def test_a_dry_run_shows_what_is_trained_and_touches_nothing(base, data, tmp_path, capsys):
+    out = tmp_path / "dry"
+    assert cli.main(words(base, data, out, "--rows", "8", "--dry-run", "--json")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert not out.exists() and plan["steps"] > 0 and plan["bytes_per_device"]["temporary"] > 0
+    for example in plan["examples"]:
+        trained = [piece["text"] for piece in example if piece["trained"]]
+        thing = next(thing for thing in PAIRS if thing in example[0]["text"])
+        assert [text.split() for text in trained] == [[PAIRS[thing], "</s>"]]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--int8",), "--int8 freezes the weights in 8 bits, and --train all trains them; say --train lora"),
+        (("--length", "65"), "--length 65 is more than the model's context of 64 tokens"),
+        (("--micro-batches", "3"), "--micro-batches 3 does not divide the 8 rows"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--lora.rank", "0", "--train", "lora"), "lora.rank is 0"),
+        (("--data.shape", "messages"), "messages"),
+    ],
+)
+def test_bad_input(base, data, tmp_path, capsys, more, message):
+    assert cli.main(words(base, data, tmp_path / "run", "--rows", "8", *more)) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+def test_a_model_must_be_named(capsys):
+    assert cli.main(["sft", "--data", "x.jsonl"]) == 2
+    assert "name the model first" in capsys.readouterr().err
