@@ -44,7 +44,7 @@ class Chat:
         """Begins an empty conversation.
 
         Args:
-          llama: the model that answers.
+          llama: the model that answers; `chat.llama` from then on.
           template: how a dialogue becomes ids; it must be the one that the model was trained with.
           system: stands before the whole conversation; none if None or empty.
           max_new_tokens: of an answer; if none, only EOS and the end of the context stop it.

@@ -40,8 +40,14 @@ def converse(chat: Chat) -> None:
             if not is_typed:
                 raise UserError(f"line {number} of the input: {error}") from error
             _say(f"error: {error}")
+        except KeyboardInterrupt:
+            if not is_typed:
+                raise
+            print(flush=True)  # behind what was said of the answer
+            _say("stopped; what was said stays in the conversation")
         if chat.forgotten > forgotten_before:
-            _say(f"The context is full: the model no longer sees the first {chat.forgotten} turns of the conversation.")
+            turns = sum(message.role == "user" for message in chat.history)
+            _say(f"the context is full: of {turns} turns the model no longer sees the oldest {chat.forgotten}")
 
 
 def _typed() -> Iterator[str]:
@@ -108,20 +114,14 @@ def _serve(chat: Chat, line: str, is_typed: bool) -> None:
 def _answer(chat: Chat, pieces: Iterator[str], is_typed: bool) -> None:
     """Prints an answer as it comes, and behind it what it took."""
     begun, first, answer = time.perf_counter(), None, ""
-    try:
-        for piece in pieces:
-            first = first or time.perf_counter()
-            answer += piece
-            print(piece, end="", flush=True)
-        stopped = ""
-    except KeyboardInterrupt:
-        if not is_typed:
-            raise
-        stopped = " · stopped"
+    for piece in pieces:
+        first = first or time.perf_counter()
+        answer += piece
+        print(piece, end="", flush=True)
     ended = time.perf_counter()
     print(flush=True)
     if is_typed and sys.stderr.isatty():
-        _say(_status(chat, answer, (first or ended) - begun, ended - (first or ended)) + stopped)
+        _say(_status(chat, answer, (first or ended) - begun, ended - (first or ended)))
 
 
 def _status(chat: Chat, answer: str, waited: float, took: float) -> str:
