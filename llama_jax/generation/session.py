@@ -10,6 +10,7 @@ between turns. Our choices, where the reference says nothing or stops:
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,7 +66,6 @@ class Chat:
         llama.stream("", **self._settings)  # computes nothing until it is read, but refuses wrong settings now
         self._turns: list[Turn] = []
         self._drawn = 0
-        self._forgotten = 0
         self.system = system
 
     @property
@@ -86,14 +86,14 @@ class Chat:
 
     @property
     def forgotten(self) -> int:
-        """How many turns, a question with its answer each, the model no longer sees: the oldest of `history`."""
-        return self._forgotten
+        """How many turns, a question with its answer each, the model no longer saw at the last: the oldest of `history`."""
+        return self._fitting(self._turns[:-1], self._turns[-1][0])[0] if self._turns else 0
 
     @property
     def context(self) -> tuple[int, int]:
         """How many tokens of the context the conversation takes, and how many there are."""
-        seen = self._turns[self._forgotten :]
-        ids = self._template.encode(self.llama.tokenizer, self._messages(seen)).ids if seen else []
+        seen = self._messages(self._turns[self.forgotten :])
+        ids = self._template.encode(self.llama.tokenizer, seen).ids if self._turns else []
         return min(len(ids), self._context), self._context
 
     def send(self, text: str) -> str:
@@ -121,7 +121,7 @@ class Chat:
 
     def reset(self) -> None:
         """Begins anew with the same system prompt; the answers draw on, so that the same question may get another."""
-        self._turns, self._forgotten = [], 0
+        self._turns = []
 
     def save(self, path: str | Path) -> None:
         """Writes the conversation as one line of JSON; with its "messages" it is a line of training data, too.
@@ -130,7 +130,7 @@ class Chat:
           UserError: it cannot be written there.
         """
         messages = [{"role": role, "content": content} for role, content in self.history]
-        saved = {"messages": messages, "forgotten": self._forgotten, "answers_drawn": self._drawn}
+        saved = {"messages": messages, "answers_drawn": self._drawn}
         try:
             write_whole(Path(path), (json.dumps(saved, ensure_ascii=False) + "\n").encode())
         except OSError as error:
@@ -144,18 +144,23 @@ class Chat:
         Raises:
           UserError: no such file, or not a conversation that this template can encode; this one is then unchanged.
         """
-        messages, forgotten, drawn = _read(Path(path))
+        messages, drawn = _read(Path(path))
         check_dialogue([*messages, Message("user", "")], self._template, last="user")
         has_system = messages[:1] != [] and messages[0].role == "system"
         said = [message.content for message in messages[has_system:]]
         self._system = messages[0].content if has_system else None
         self._turns = list(zip(said[::2], said[1::2], strict=True))
-        self._forgotten, self._drawn = min(forgotten, len(self._turns)), drawn
+        self._drawn = drawn
 
     def _answer(self, place: int, question: str) -> Iterator[str]:
         """Answers a question that follows the first `place` turns, and puts it and its answer there."""
         turns = self._turns  # an answer still being read after `reset` or `load` goes on with the old conversation
-        ids = self._fitting(turns[:place], question)
+        _, ids = self._fitting(turns[:place], question)
+        if len(ids) >= self._context:
+            raise UserError(
+                f"the message{' and the system prompt take' if self._system else ' takes'} {len(ids)} tokens, and the "
+                f"model's context of {self._context} must hold an answer too; shorten it"
+            )
         # A seed of 32 bits for each answer, independent of the others'.
         seed = int(np.random.SeedSequence([self._seed & 0xFFFFFFFF, self._drawn]).generate_state(1)[0])
         self._drawn += 1
@@ -171,21 +176,16 @@ class Chat:
 
         return said()
 
-    def _fitting(self, before: list[Turn], question: str) -> list[int]:
-        """The ids of a question and of as many turns before it as leave room for an answer; forgets the others."""
+    def _fitting(self, before: list[Turn], question: str) -> tuple[int, list[int]]:
+        """How many turns before a question must go to leave room for its answer, and the ids of the question and the others."""
         room = min(self._settings["max_new_tokens"], self._context // 4)
-        for forgotten in range(min(self._forgotten, len(before)), len(before) + 1):
+
+        def ids(forgotten: int) -> list[int]:
             messages = *self._messages(before[forgotten:]), Message("user", question)
-            ids = encode_prompt(self.llama.tokenizer, messages, self._template)
-            if len(ids) + room <= self._context:
-                break
-        if len(ids) >= self._context:
-            raise UserError(
-                f"the message{' and the system prompt take' if self._system else ' takes'} {len(ids)} tokens, and the "
-                f"model's context of {self._context} must hold an answer too; shorten it"
-            )
-        self._forgotten = forgotten
-        return ids
+            return encode_prompt(self.llama.tokenizer, messages, self._template)
+
+        forgotten = bisect_left(range(len(before)), True, key=lambda n: len(ids(n)) + room <= self._context)
+        return forgotten, ids(forgotten)
 
     def _messages(self, turns: Sequence[Turn]) -> Dialogue:
         system = [Message("system", self._system)] if self._system else []
@@ -211,8 +211,8 @@ def spoken(pieces: Iterator[str], tags: Sequence[str]) -> Iterator[str]:
         yield text
 
 
-def _read(path: Path) -> tuple[list[Message], int, int]:
-    """The messages, the number of forgotten turns and of drawn answers in a file. Raises UserError."""
+def _read(path: Path) -> tuple[list[Message], int]:
+    """The messages in a file, and how many answers were drawn for them. Raises UserError."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -220,9 +220,8 @@ def _read(path: Path) -> tuple[list[Message], int, int]:
     try:
         saved = json.loads(content)
         messages = [Message(turn["role"], turn["content"]) for turn in saved["messages"]]
-        forgotten, drawn = (saved.get(name, 0) for name in ("forgotten", "answers_drawn"))
-        is_whole = all(isinstance(text, str) for message in messages for text in message)
-        is_whole &= forgotten >= 0 and drawn >= 0
+        drawn = saved.get("answers_drawn", 0)
+        is_whole = all(isinstance(text, str) for message in messages for text in message) and drawn >= 0
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_whole = False
     if not is_whole:
@@ -230,4 +229,4 @@ def _read(path: Path) -> tuple[list[Message], int, int]:
             f'{path} is no conversation; expected what /save writes: {{"messages": [{{"role": "user", "content": '
             '"..."}, {"role": "assistant", "content": "..."}]}'
         )
-    return messages, int(forgotten), int(drawn)
+    return messages, int(drawn)

@@ -251,6 +251,16 @@ def test_a_question_without_a_word_of_answer_is_taken_back(scripted, tokenizer):
     assert chat.llama.prompts[-1] == reference_ids(tokenizer, None, "b?")
 
 
+def test_what_a_question_drove_out_comes_back_with_it_gone(scripted, tokenizer):
+    chat = scripted("one", "two", "three", context_length=120)
+    chat.send("a?")
+    chat.stream("\N{SNOWMAN}" * 20).close()
+    assert len(chat.llama.prompts[-1]) > 60 and chat.forgotten == 0
+    assert chat.llama.prompts[-1] == reference_ids(tokenizer, None, "\N{SNOWMAN}" * 20)
+    chat.send("b?")
+    assert chat.llama.prompts[-1] == reference_ids(tokenizer, None, "a?", "one", "b?")
+
+
 def test_an_old_answer_does_not_come_into_a_new_conversation(scripted):
     chat = scripted(["the", " cat"], "mat")
     pieces = chat.stream("who?")
@@ -297,7 +307,7 @@ def test_a_saved_conversation_is_a_line_of_training_data(scripted, tmp_path):
         (b'{"messages": [{"role": "user"}]}', "no conversation"),
         (b'{"messages": [{"role": "user", "content": 3}]}', "no conversation"),
         (b'{"messages": [{"role": ["user"], "content": "a"}]}', "no conversation"),
-        (b'{"messages": [], "forgotten": -1}', "no conversation"),
+        (b'{"messages": [], "answers_drawn": -1}', "no conversation"),
         (b'{"messages": [], "answers_drawn": "a"}', "no conversation"),
         (b'{"messages": [{"role": "user", "content": "a?"}]}', "roles"),
         (b'{"messages": [{"role": "user", "content": "[INST]"}, {"role": "assistant", "content": ""}]}', "chat format"),
