@@ -7,8 +7,8 @@ Arrays carry their axes in their names (`tokens_BT`, `q_BTNH`), and einsum strin
     S  key position     K  key/value heads        V  vocabulary
     L  layer            G  query heads per key/value head, N / K
 
-Imports go down only: config -> parallel -> model -> text, data -> training, generation -> stages -> evaluation, planning -> cli. The names
-below are imported when they are first used, so that `import llama_jax` costs nothing.
+Imports go down only: config -> parallel -> model -> text, data -> training -> conversion -> generation -> stages -> evaluation, planning -> cli.
+The names below are imported when they are first used, so that `import llama_jax` costs nothing.
 """
 
 import importlib
@@ -39,6 +39,11 @@ _PUBLIC = {name: ("llama_jax.config", name) for name in ("LlamaConfig", *_PRESET
     "Llama": ("llama_jax.generation.llama", "Llama"),
     "PretrainConfig": ("llama_jax.stages.pretrain", "PretrainConfig"),
     "pretrain": ("llama_jax.stages.pretrain", "run"),
+    "SFTConfig": ("llama_jax.stages.sft", "SFTConfig"),
+    "sft": ("llama_jax.stages.sft", "run"),
+    "convert": ("llama_jax.conversion.convert", "convert"),
+    "verify": ("llama_jax.conversion.verify", "verify"),
+    "load_model": ("llama_jax.conversion.load", "load_model"),
 }
 __all__ = sorted(_PUBLIC)
 

@@ -7,6 +7,7 @@ The paper's settings are the defaults: two epochs, batches of 64 rows of 4096 to
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from llama_jax.model.quantize import quantize_abstract
 from llama_jax.model.transformer import Transformer, abstract
 from llama_jax.parallel import distributed
 from llama_jax.parallel.mesh import check_divides, make_mesh, mesh_sizes
-from llama_jax.text.chat import Llama2Chat, Plain, Template
+from llama_jax.text.chat import Encoded, Llama2Chat, Plain, Template, shown
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training import compiled as compiling
 from llama_jax.training import step as steps
@@ -318,35 +319,16 @@ def banner(prepared: Run, plan: dict[str, Any]) -> str:
 
 
 def show(prepared: Run, plan: dict[str, Any]) -> None:
-    """Prints a dry run: the plan, and the first examples with what is trained in them marked."""
-    examples = [_pieces(prepared, number) for number in range(min(3, len(prepared.loaded.train)))]
+    """Prints a dry run: the plan, and the first examples with what is trained marked: green, or between arrows."""
+    colour = sys.stdout.isatty() and not prepared.config.json
+    marks = ("\x1b[32m", "\x1b[0m") if colour else ("\u00bb", "\u00ab")
+    numbers = range(min(3, len(prepared.loaded.train)))
+    encoded = [Encoded(*(part.tolist() for part in prepared.loaded.train[number])) for number in numbers]
+    examples = [shown(prepared.tokenizer, example, marks) for example in encoded]
     if prepared.config.json:
         recipe = dataclasses.asdict(prepared.config)
         print(json.dumps({"recipe": recipe, "examples": examples, "steps": prepared.total_steps} | plan, indent=2))
         return
     print(banner(prepared, plan))
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
     for example in examples:
-        console.rule("an example; what is trained is [green]green and underlined[/]")
-        text = Text()
-        for piece in example:
-            text.append(piece["text"], "green underline" if piece["trained"] else None)
-        console.print(text)
-
-
-def _pieces(prepared: Run, number: int) -> list[dict[str, Any]]:
-    """An example as runs of text that are trained or not."""
-    ids, mask = prepared.loaded.train[number]
-    pieces: list[dict[str, Any]] = []
-    decoder = prepared.tokenizer.stream(continues=True)
-    for token, trained in zip(ids.tolist(), mask.tolist(), strict=True):
-        control = {prepared.tokenizer.bos_id: "<s>", prepared.tokenizer.eos_id: "</s>"}
-        text = control.get(token) or decoder.push(token)
-        if pieces and pieces[-1]["trained"] == trained:
-            pieces[-1]["text"] += text
-        else:
-            pieces.append({"trained": trained, "text": text})
-    return pieces
+        print(f"--- an example; trained is what stands {marks[0]}so{marks[1]}\n{example}")

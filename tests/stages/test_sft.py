@@ -188,10 +188,11 @@ def test_a_dry_run_shows_what_is_trained_and_touches_nothing(base, data, tmp_pat
     assert cli.main(words(base, data, out, "--rows", "8", "--dry-run", "--json")) == 0
     plan = json.loads(capsys.readouterr().out)
     assert not out.exists() and plan["steps"] > 0 and plan["bytes_per_device"]["temporary"] > 0
+    assert len(plan["examples"]) == 3
     for example in plan["examples"]:
-        trained = [piece["text"] for piece in example if piece["trained"]]
-        thing = next(thing for thing in PAIRS if thing in example[0]["text"])
-        assert [text.split() for text in trained] == [[PAIRS[thing], "</s>"]]
+        prompt, trained = example.removesuffix("\u00ab").split("\u00bb")
+        thing = next(thing for thing in PAIRS if thing in prompt)
+        assert prompt == f"<s> [INST] colour of {thing}? [/INST]" and trained == f" {PAIRS[thing]} </s>"
 
 
 @pytest.mark.parametrize(
