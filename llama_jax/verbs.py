@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 Json = Annotated[bool, arg(name="json")]
-Form = Literal["hf", "meta", "ours", "llama2c"]
+Form = Literal["hf", "meta", "ours", "llama2c", "peft"]
 # A field that is a dataclass or None keeps what the recipe chose, instead of becoming a subcommand.
 _PLAIN = (tyro.conf.AvoidSubcommands,)
 Sources = Annotated[tuple[str, ...], arg(metavar="SOURCE...")]
@@ -244,6 +244,8 @@ def convert(argv: Sequence[str]) -> None:
     ) -> None:
         """Convert a checkpoint between Hugging Face, Meta, llama2.c and our own form, exactly and in bounded memory.
 
+        Adapters, of a run or in PEFT's form, are merged into their model, unless they are written as PEFT's.
+
         Every name, shape and dtype is checked before anything is written; DST appears whole or not at all.
 
         Examples:
@@ -251,6 +253,7 @@ def convert(argv: Sequence[str]) -> None:
           llama-jax convert runs/books books-hf --to hf --dtype bfloat16
           llama-jax convert llama-2-70b llama2-70b-hf --to hf --from meta
           llama-jax convert books-hf books-meta --to meta --shards 2
+          llama-jax convert runs/mine mine-adapters --to peft
 
         Args:
           src: A run or one of its checkpoints, a Hugging Face or Meta folder, or a llama2.c file.

@@ -18,24 +18,19 @@ from llama_jax.training.checkpoint import read_metadata, restore_tree
 class AdaptedSource:
     """A base checkpoint of any form, with adapters merged into it as it is read."""
 
-    def __init__(self, base: Source, adapters: Adapters, lora: LoraConfig):
-        """Takes adapters whose shapes fit the base."""
-        self._base, self._adapters, self._scale = base, adapters, lora.scale
-        self.form, self.config, self.dtypes, self.assets, self.notes = (
-            "ours",
-            base.config,
-            base.dtypes,
-            base.assets,
-            base.notes,
-        )
+    def __init__(self, form: str, base: Source, adapters: Adapters, lora: LoraConfig, base_path: str):
+        """Takes adapters that were read in this form and whose shapes fit the base, which lies at `base_path`."""
+        self.form, self.adapters, self.lora, self.base_path = form, adapters, lora, base_path
+        self.config, self.dtypes, self.assets, self.notes = base.config, base.dtypes, base.assets, base.notes
+        self._base = base
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One weight, with its correction added in float32, in the base's dtype."""
         weight = self._base.read(name, layer)
-        if name not in self._adapters:
+        if name not in self.adapters:
             return weight
-        adapter = self._adapters[name]
-        return np.asarray(_add(jnp.asarray(weight), adapter.a[layer], adapter.b[layer], self._scale))
+        adapter = self.adapters[name]
+        return np.asarray(_add(jnp.asarray(weight), adapter.a[layer], adapter.b[layer], self.lora.scale))
 
     def finish(self) -> None:
         """Checks what the base checks."""

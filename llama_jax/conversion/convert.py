@@ -1,4 +1,7 @@
-"""One form of checkpoint to another, an array at a time: memory does not grow with the model."""
+"""One form of checkpoint to another, an array at a time: memory does not grow with the model.
+
+Adapters are read as the model that they make, merged; into PEFT's form they are written as they are.
+"""
 
 import dataclasses
 import errno
@@ -13,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from llama_jax.conversion import layout, source
+from llama_jax.conversion import layout, peft, source
 from llama_jax.conversion.adapted import AdaptedSource, read_adapters
-from llama_jax.conversion.huggingface import HuggingFaceSink, HuggingFaceSource
+from llama_jax.conversion.huggingface import HuggingFaceSink, HuggingFaceSource, read_json
 from llama_jax.conversion.llama2c import Llama2cSink, Llama2cSource
 from llama_jax.conversion.meta import MetaSink, MetaSource
 from llama_jax.conversion.ours import OurSink, OurSource
@@ -28,7 +32,7 @@ from llama_jax.conversion.source import Overrides, Source
 from llama_jax.errors import UserError
 from llama_jax.training.checkpoint import find_checkpoints
 
-Form = Literal["hf", "meta", "ours", "llama2c"]
+Form = Literal["hf", "meta", "ours", "llama2c", "peft"]
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SOURCES = {"hf": HuggingFaceSource, "meta": MetaSource, "ours": OurSource, "llama2c": Llama2cSource}
 
@@ -76,6 +80,7 @@ def recognise(path: Path) -> Form:
         "meta": (path / "params.json").is_file(),
         "hf": (path / "config.json").is_file() and not (path / "checkpoints").is_dir(),
         "llama2c": (path / "model.bin").is_file(),
+        "peft": (path / peft.CONFIG).is_file(),
     }
     forms = [form for form, found in marks.items() if found]
     if len(forms) == 1:
@@ -87,7 +92,7 @@ def recognise(path: Path) -> Form:
     found = f"it holds {sorted(p.name for p in path.iterdir())[:8]}" if path.is_dir() else "it does not exist"
     raise UserError(
         f"{path} is not a checkpoint: {found}; expected a run or its checkpoints/<step>, a Hugging Face folder with "
-        "config.json, a Meta folder with params.json, or llama2.c's model.bin"
+        "config.json, a Meta folder with params.json, llama2.c's model.bin, or a PEFT folder with adapter_config.json"
     )
 
 
@@ -111,7 +116,9 @@ def open_source(path: str | Path, form: Form | None = None, overrides: Overrides
     try:
         if form == "ours" and (found := read_adapters(find_checkpoints(path)[-1])):
             adapters, lora, base = found
-            return AdaptedSource(open_source(base, overrides=overrides), adapters, lora)
+            return AdaptedSource(form, open_source(base, overrides=overrides), adapters, lora, base)
+        if form == "peft":
+            return _open_peft(path, overrides)
         return _SOURCES[form](path, overrides)
     except UserError as error:
         if str(path) in str(error):
@@ -121,6 +128,18 @@ def open_source(path: str | Path, form: Form | None = None, overrides: Overrides
         raise UserError(
             f"{path} cannot be read as {form}: {type(error).__name__}: {error}; is it another form?"
         ) from error
+
+
+def _open_peft(folder: Path, overrides: Overrides) -> AdaptedSource:
+    base = read_json(folder / peft.CONFIG).get("base_model_name_or_path") or ""
+    if not base or not Path(base).exists():
+        raise UserError(
+            f"{folder} holds adapters for the model {base!r}, which is not here; fetch it (llama-jax download) and write "
+            f"its folder as base_model_name_or_path into {peft.CONFIG}"
+        )
+    opened = open_source(base, overrides=overrides)
+    adapters, lora = peft.read_peft(folder, opened.config)
+    return AdaptedSource("peft", opened, adapters, lora, base)
 
 
 def convert(
@@ -149,6 +168,10 @@ def convert(
       UserError: the source is not whole, the destination exists, or its form cannot hold the model.
     """
     report, opened, dtypes = _prepare(src, dst, to, form, output, overrides)
+    if to == "peft":
+        with _whole(Path(dst), report["bytes"]) as folder:
+            peft.write_peft(folder, opened.adapters, opened.lora, opened.config, opened.base_path)
+        return report | {"written": True}
     sizes = {name: math.prod(layout.shape(opened.config, name)) * dtypes[name].itemsize for name in dtypes}
     with (
         _whole(Path(dst), report["bytes"]) as folder,
@@ -186,14 +209,21 @@ def _prepare(
     dtypes = _dtypes(opened, output.dtype)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst} exists already; name another folder, or remove it first")
+    if to == "peft" and not isinstance(opened, AdaptedSource):
+        raise UserError(
+            f"{src} holds a whole model and no adapters, which are all that peft's form holds; take --to hf"
+        )
     declared = layout.parameters(opened.config)
+    size = sum(math.prod(p.shape) * dtypes[name].itemsize for name, p in declared.items())
+    if to == "peft":
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(opened.adapters))
     report = {
         "from": opened.form,
         "to": to,
         "folder": str(dst),
         "config": dataclasses.asdict(opened.config),
         "parameters": opened.config.n_params,
-        "bytes": sum(math.prod(p.shape) * dtypes[name].itemsize for name, p in declared.items()),
+        "bytes": size,
         "dtypes": sorted({dtype.name for dtype in dtypes.values()}),
         "tokenizer": source.TOKENIZER in opened.assets or output.tokenizer is not None,
         "notes": opened.notes,

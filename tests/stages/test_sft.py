@@ -140,6 +140,28 @@ def test_merged_adapters_are_the_model_that_was_trained(full, adapted, tmp_path)
     assert verify(tmp_path / "hf", adapted).within(0)
 
 
+def test_adapters_leave_and_come_back_in_pefts_form(full, adapted, tmp_path, capsys):
+    """Alone or merged, they are the model that was trained; a folder without adapters has none to write."""
+    assert cli.main(["convert", str(full), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    assert cli.main(["convert", str(adapted), str(tmp_path / "peft"), "--to", "peft"]) == 0
+    assert (tmp_path / "peft" / "adapter_model.safetensors").stat().st_size < 0.5 * 4 * open_source(
+        full
+    ).config.n_params
+    assert verify(tmp_path / "peft", adapted).within(0)
+    assert not verify(tmp_path / "peft", full).within(1e-2)
+    config = tmp_path / "peft" / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    assert fields["base_model_name_or_path"] == str(full)
+    config.write_text(json.dumps(fields | {"base_model_name_or_path": str(tmp_path / "hf")}))
+    assert answers(tmp_path / "peft") == OTHERS
+    capsys.readouterr()
+    config.write_text(json.dumps(fields | {"base_model_name_or_path": "org/model"}))
+    assert cli.main(["generate", str(tmp_path / "peft")]) == 2
+    assert "adapters for the model 'org/model', which is not here" in capsys.readouterr().err
+    assert cli.main(["convert", str(full), str(tmp_path / "none"), "--to", "peft"]) == 2
+    assert "holds a whole model and no adapters" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_adapters_without_their_model_are_no_model(full, adapted, capsys):
     moved = full.with_name("moved")
     shutil.move(full, moved)
