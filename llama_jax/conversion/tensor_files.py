@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, Self
 
@@ -113,8 +114,12 @@ class TensorWriter:
 
 def write_array(file: BinaryIO, array: np.ndarray) -> int:
     """Writes an array's bytes in C order, at most BLOCK_BYTES of them copied at a time; returns their number."""
-    for block in _blocks(array):
-        file.write(block)
+    blocks = _blocks(array)
+    with ThreadPoolExecutor(1) as copier:  # copies the next block while this one is written
+        copying = copier.submit(next, blocks, None)
+        while (block := copying.result()) is not None:
+            copying = copier.submit(next, blocks, None)
+            file.write(block)
     return array.nbytes
 
 
