@@ -35,6 +35,9 @@ EXAMPLES = """\
   llama-jax tokenizer train "text:books/*.txt" --vocab-size 8000 --out books.model
   llama-jax pretrain experiments/tiny_end_to_end.py --data.sources "text:books/*.txt" --out runs/books
   llama-jax generate runs/books "Once upon a time" --temperature 0.6 --top-p 0.9
+  llama-jax convert Llama-2-7b-hf llama2-7b --to ours
+  llama-jax sft llama2-7b --data mine.jsonl --train lora --nf4 --out runs/mine
+  llama-jax chat runs/mine
 """
 
 # Failures of the system rather than of the code, and what to do about them.

@@ -145,7 +145,7 @@ when it is started again with the same --out.
 
 Examples:
   llama-jax sft Llama-2-7b-hf --data mine.jsonl --out runs/mine
-  llama-jax sft Llama-2-7b-hf --data mine.jsonl --train lora --int8 --optimizer.peak-lr 2e-4 --rows 8 --out runs/mine
+  llama-jax sft Llama-2-7b-hf --data mine.jsonl --train lora --nf4 --optimizer.peak-lr 2e-4 --rows 8 --out runs/mine
   llama-jax sft runs/books --data mine.jsonl --dry-run"""
     if "-h" in argv[:1] or "--help" in argv[:1]:
         tyro.cli(SFTConfig, args=["--help"], prog="llama-jax sft CHECKPOINT", description=text, config=_PLAIN)

@@ -215,8 +215,10 @@ def _prepare(
         )
     declared = layout.parameters(opened.config)
     size = sum(math.prod(p.shape) * dtypes[name].itemsize for name, p in declared.items())
+    names = {dtype.name for dtype in dtypes.values()}
     if to == "peft":
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(opened.adapters))
+        leaves = jax.tree.leaves(opened.adapters)
+        size, names = sum(leaf.nbytes for leaf in leaves), {leaf.dtype.name for leaf in leaves}
     report = {
         "from": opened.form,
         "to": to,
@@ -224,7 +226,7 @@ def _prepare(
         "config": dataclasses.asdict(opened.config),
         "parameters": opened.config.n_params,
         "bytes": size,
-        "dtypes": sorted({dtype.name for dtype in dtypes.values()}),
+        "dtypes": sorted(names),
         "tokenizer": source.TOKENIZER in opened.assets or output.tokenizer is not None,
         "notes": opened.notes,
     }
@@ -333,6 +335,7 @@ def summary(report: dict[str, Any]) -> str:
     lines = [f"note: {note}" for note in report["notes"]]
     if not report["tokenizer"]:
         lines.append("note: no tokenizer.model came with it; --tokenizer names one")
-    size = f"{report['parameters']:,} parameters, {report['bytes'] / 1e9:.2f} GB of {', '.join(report['dtypes'])}"
+    n_bytes = f"{report['bytes'] / 1e6:.1f} MB" if report["bytes"] < 1e8 else f"{report['bytes'] / 1e9:.2f} GB"
+    size = f"a model of {report['parameters']:,} parameters, {n_bytes} of {', '.join(report['dtypes'])}"
     would = "" if report["written"] else "would be written: "
     return "\n".join([*lines, f"{report['folder']}: {would}{report['from']} to {report['to']}, {size}"])

@@ -14,10 +14,13 @@ from llama_jax.conversion.convert import Form, locate, open_source, recognise
 from llama_jax.conversion.source import Overrides, Source
 from llama_jax.errors import UserError
 from llama_jax.model import quantize, transformer
+from llama_jax.model.nf4 import Nf4, nf4_abstract, quantize_nf4, widen
 from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training import checkpoint
+
+Narrow = quantize.Int8 | Nf4
 
 
 def load_model(
@@ -26,6 +29,7 @@ def load_model(
     dtype: Any = None,
     *,
     int8: bool = False,
+    nf4: bool = False,
     form: Form | None = None,
     overrides: Overrides = Overrides(),
 ) -> tuple[Transformer, Tokenizer]:
@@ -36,6 +40,7 @@ def load_model(
       mesh: where the parameters go; one device if none.
       dtype: what they are cast to; as stored if none.
       int8: keep the matrices as int8 with a scale per output, quantised as each is read.
+      nf4: keep the blocks' matrices in 4 bits, in the same way; for adapters to be trained beside.
       form: hf, meta, ours or llama2c; recognised if none.
       overrides: what the files leave out or have wrong.
 
@@ -46,14 +51,14 @@ def load_model(
     path = locate(path)
     form = form or recognise(path)
     plain = form == "ours" and "adapters" not in checkpoint.read_metadata(checkpoint.find_checkpoints(path)[-1])
-    if plain and overrides == Overrides() and not int8:
+    if plain and overrides == Overrides() and not (int8 or nf4):
         model, tokenizer = checkpoint.restore_model(path, mesh, dtype)
     else:
         opened = open_source(path, form, overrides)
         for note in opened.notes:
             if jax.process_index() == 0:
                 print(f"note: {note}", file=sys.stderr)
-        model = place(opened, mesh, dtype, int8)
+        model = place(opened, mesh, dtype, int8, nf4)
         found = opened.assets.get(source.TOKENIZER)
         tokenizer = None if found is None else Tokenizer(found, f"{path}/{source.TOKENIZER}")
     if tokenizer is None:
@@ -61,7 +66,7 @@ def load_model(
     return model, tokenizer
 
 
-def place(opened: Source, mesh: Mesh, dtype: Any = None, int8: bool = False) -> Transformer:
+def place(opened: Source, mesh: Mesh, dtype: Any = None, int8: bool = False, nf4: bool = False) -> Transformer:
     """Reads every weight once, and only its own slices for each device of this process.
 
     Host memory holds one layer's matrix at a time; stacked parameters grow on their devices, in place.
@@ -70,21 +75,22 @@ def place(opened: Source, mesh: Mesh, dtype: Any = None, int8: bool = False) -> 
       opened: the checkpoint.
       mesh: where the parameters go.
       dtype: what they are cast to; as stored if none.
-      int8: quantise the matrices, and print what that changed.
+      int8: quantise the matrices to 8 bits, and print what that changed.
+      nf4: quantise them to 4 bits.
     """
     abstract = transformer.abstract(opened.config, mesh)
+    narrow = nf4_abstract(abstract) if nf4 else quantize.quantize_abstract(abstract) if int8 else abstract
     leaves: dict[str, Any] = {}
     errors: dict[layout.Weight, jax.Array] = {}
-    narrow = checkpoint.flat(quantize.quantize_abstract(abstract), is_leaf=_is_int8) if int8 else {}
-    for name, like in checkpoint.flat(abstract).items():
-        if _is_int8(narrow.get(name)):
-            leaves[name], its_errors = _read_int8(opened, name, narrow[name])
+    for name, like in checkpoint.flat(narrow, is_leaf=_is_narrow).items():
+        if _is_narrow(like):
+            leaves[name], its_errors = _read_narrow(opened, name, like)
             errors |= its_errors
         else:
             leaves[name] = _read(opened, name, like.update(dtype=dtype or opened.dtypes[name]))
     opened.finish()
     if errors and jax.process_index() == 0:
-        print(_describe(errors), file=sys.stderr)
+        print(_describe("nf4" if nf4 else "int8", errors), file=sys.stderr)
     return checkpoint.unflat(abstract, leaves)
 
 
@@ -98,17 +104,19 @@ def _read(opened: Source, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
     return stack
 
 
-def _read_int8(opened: Source, name: str, like: quantize.Int8) -> tuple[quantize.Int8, dict[layout.Weight, jax.Array]]:
-    """One parameter as int8, and the relative error of each of its matrices."""
-    n_in, lies = quantize.input_axes(name), (like.values.sharding, like.scale.sharding)
+def _read_narrow(opened: Source, name: str, like: Narrow) -> tuple[Narrow, dict[layout.Weight, jax.Array]]:
+    """One parameter quantised, and the relative error of each of its matrices."""
+    kind = ("nf4", like.axis) if isinstance(like, Nf4) else ("int8", quantize.input_axes(name))
+    # A weight lies as its codes do.
+    lies = tuple(leaf.sharding for leaf in jax.tree.leaves(like))
     if not layout.is_stacked(name):
-        quantized, error = jax.block_until_ready(_quantize(_put(opened, name, None, lies[0]), n_in, lies))
+        quantized, error = jax.block_until_ready(_narrow(_put(opened, name, None, lies[0]), kind, lies))
         return quantized, {(name, None): error}
     stack = jax.tree.map(lambda part: _zeros(part.shape, part.dtype, part.sharding), like)
     errors = {}
     for layer in range(opened.config.n_layers):
         w = _put(opened, name, layer, _of_layer(lies[0]))
-        stack, errors[name, layer] = jax.block_until_ready(_set_int8_layer(stack, w, layer, n_in, lies))
+        stack, errors[name, layer] = jax.block_until_ready(_set_narrow_layer(stack, w, layer, kind, lies))
     return stack, errors
 
 
@@ -132,23 +140,34 @@ def _set_layer(stack: jax.Array, w: jax.Array, layer: int, sharding: NamedShardi
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _quantize(w: jax.Array, n_in: int, lies: tuple[NamedSharding, NamedSharding]) -> tuple[quantize.Int8, jax.Array]:
-    quantized = quantize.quantize(w, n_in)
-    return _constrained(quantized, lies), quantize.quantization_error(w, quantized)
+def _narrow(w: jax.Array, kind: tuple[str, int], lies: tuple[NamedSharding, ...]) -> tuple[Narrow, jax.Array]:
+    quantized, error = _quantize(w, *kind)
+    return _constrained(quantized, lies), error
 
 
 @partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _set_int8_layer(
-    stack: quantize.Int8, w: jax.Array, layer: int, n_in: int, lies: tuple[NamedSharding, NamedSharding]
-) -> tuple[quantize.Int8, jax.Array]:
-    quantized = quantize.quantize(w, n_in)
-    stack = jax.tree.map(lambda whole, part: whole.at[layer].set(part), stack, quantized)
-    return _constrained(stack, lies), quantize.quantization_error(w, quantized)
+def _set_narrow_layer(
+    stack: Narrow, w: jax.Array, layer: int, kind: tuple[str, int], lies: tuple[NamedSharding, ...]
+) -> tuple[Narrow, jax.Array]:
+    quantized, error = _quantize(w, *kind)
+    return _constrained(jax.tree.map(lambda whole, part: whole.at[layer].set(part), stack, quantized), lies), error
 
 
-def _constrained(q: quantize.Int8, lies: tuple[NamedSharding, NamedSharding]) -> quantize.Int8:
-    values, scale = map(jax.lax.with_sharding_constraint, (q.values, q.scale), lies)
-    return quantize.Int8(values, scale)
+def _quantize(w: jax.Array, form: str, axes: int) -> tuple[Narrow, jax.Array]:
+    """A matrix in 4 or 8 bits, and the root mean square of what that changed, relative to the matrix's own."""
+    w = w.astype(jnp.float32)
+    if form == "nf4":
+        quantized = quantize_nf4(w, axes)
+        wide = widen(quantized, jnp.float32)
+    else:
+        quantized = quantize.quantize(w, axes)
+        wide = quantize.dequantize(quantized)
+    return quantized, jnp.sqrt(jnp.sum((wide - w) ** 2) / jnp.sum(w**2))
+
+
+def _constrained(q: Narrow, lies: tuple[NamedSharding, ...]) -> Narrow:
+    leaves, tree = jax.tree.flatten(q)
+    return tree.unflatten(map(jax.lax.with_sharding_constraint, leaves, lies))
 
 
 def _put(opened: Source, name: str, layer: int | None, sharding: NamedSharding) -> jax.Array:
@@ -161,18 +180,18 @@ def _put(opened: Source, name: str, layer: int | None, sharding: NamedSharding) 
     return jax.make_array_from_single_device_arrays(weight.shape, sharding, shards)
 
 
-def _is_int8(leaf: Any) -> bool:
-    return isinstance(leaf, quantize.Int8)
+def _is_narrow(leaf: Any) -> bool:
+    return isinstance(leaf, Narrow)
 
 
 def _of_layer(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def _describe(errors: dict[layout.Weight, jax.Array]) -> str:
+def _describe(form: str, errors: dict[layout.Weight, jax.Array]) -> str:
     values = {weight: float(error) for weight, error in errors.items()}
     (name, layer), worst = max(values.items(), key=lambda item: item[1])
     mean = sum(values.values()) / len(values)
     return (
-        f"int8: matrices differ from the stored ones by {mean:.2%} (RMS), at most {worst:.2%} ({name}, layer {layer})"
+        f"{form}: matrices differ from the stored ones by {mean:.2%} (RMS), at most {worst:.2%} ({name}, layer {layer})"
     )

@@ -33,6 +33,7 @@ from llama_jax.data.examples import (
 )
 from llama_jax.errors import UserError
 from llama_jax.model.lora import LoraConfig, abstract_adapters, adapt, describe_adapters, init_adapters
+from llama_jax.model.nf4 import nf4_abstract
 from llama_jax.model.quantize import quantize_abstract
 from llama_jax.model.transformer import Transformer, abstract
 from llama_jax.parallel import distributed
@@ -76,6 +77,8 @@ class SFTConfig:
     """The adapters, where they are trained."""
     int8: bool = False
     """Keep the frozen weights in 8 bits."""
+    nf4: bool = False
+    """Keep the frozen weights in 4 bits, as QLoRA does."""
     compute: Compute = field(default_factory=Compute)
     """Precision, attention kernel and what is recomputed; memory and speed, not the result."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=100, save_every=100))
@@ -164,8 +167,10 @@ def prepare(config: SFTConfig, mesh: Mesh) -> Run:
     """
     if not config.checkpoint:
         raise UserError("name the model to fine-tune: llama-jax sft CHECKPOINT --data FILE.jsonl")
-    if config.int8 and config.train != "lora":
-        raise UserError("--int8 freezes the weights in 8 bits, and --train all trains them; say --train lora")
+    if (config.int8 or config.nf4) and config.train != "lora":
+        raise UserError("--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora")
+    if config.int8 and config.nf4:
+        raise UserError("--int8 and --nf4 were both given; the frozen weights have 8 bits or 4")
     opened = open_source(config.checkpoint)
     if TOKENIZER not in opened.assets:
         raise UserError(f"{config.checkpoint} has no {TOKENIZER}; copy the model's own beside its weights")
@@ -216,7 +221,7 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, Row
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     frozen = None
     if prepared.is_lora:
-        frozen = load_model(config.checkpoint, mesh, config.compute.dtype, int8=config.int8)[0]
+        frozen = load_model(config.checkpoint, mesh, config.compute.dtype, int8=config.int8, nf4=config.nf4)[0]
     if restored := checkpoints.restore_newest(abstract_state):
         state, metadata = restored
         say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
@@ -247,7 +252,7 @@ def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
     frozen, assemble = None, steps.whole_model
     if prepared.is_lora:
         frozen = abstract(prepared.model, mesh, config.compute.dtype)
-        frozen = quantize_abstract(frozen) if config.int8 else frozen
+        frozen = quantize_abstract(frozen) if config.int8 else nf4_abstract(frozen) if config.nf4 else frozen
 
         def assemble(adapters: Any, frozen: Transformer, key: jax.Array) -> Transformer:
             return adapt(frozen, adapters, config.lora, key)
@@ -301,7 +306,7 @@ def banner(prepared: Run, plan: dict[str, Any]) -> str:
     config, known = prepared.config, compiling.describe_plan(plan)
     trained = "every weight"
     if prepared.is_lora:
-        base = "int8" if config.int8 else config.compute.dtype
+        base = "int8" if config.int8 else "nf4" if config.nf4 else config.compute.dtype
         trained = f"adapters of rank {config.lora.rank} beside frozen {base} weights"
     epoch = prepared.packing.report()
     return "\n".join(

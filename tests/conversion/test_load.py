@@ -12,6 +12,7 @@ from llama_jax.conversion.convert import convert, open_source
 from llama_jax.conversion.load import load_model, place
 from llama_jax.errors import UserError
 from llama_jax.generation.llama import Completion, Llama
+from llama_jax.model.nf4 import nf4_model
 from llama_jax.model.quantize import Int8, is_quantized_name, quantize_model
 from llama_jax.model.transformer import Transformer, abstract
 from llama_jax.parallel.mesh import make_mesh
@@ -148,6 +149,19 @@ def test_int8_is_what_quantising_the_loaded_model_gives(folders, capfd, form: st
         for part, other in zip(jax.tree.leaves(leaf), jax.tree.leaves(want[name]), strict=True):
             assert_equal(part, np.asarray(other), name)
             assert part.sharding.is_equivalent_to(other.sharding, part.ndim), name
+
+
+def test_nf4_is_what_quantising_the_loaded_model_gives(folders, capfd):
+    mesh = make_mesh("data=2,tensor=4")  # which leave the width of the model, along which blocks lie, whole
+    want = jax.tree.leaves_with_path(nf4_model(load_model(folders["hf"], mesh)[0]))
+    capfd.readouterr()
+    got = jax.tree.leaves_with_path(load_model(folders["hf"], mesh, nf4=True)[0])
+    assert "nf4: matrices differ from the stored ones by" in capfd.readouterr().err
+    assert [path for path, _ in got] == [path for path, _ in want]
+    assert sum(leaf.dtype == jnp.uint8 for _, leaf in got) == 7
+    for (path, part), (_, other) in zip(got, want, strict=True):
+        assert_equal(part, np.asarray(other), jax.tree_util.keystr(path))
+        assert part.sharding.is_equivalent_to(other.sharding, part.ndim), path
 
 
 def test_int8_says_how_far_it_is(folders, capfd, whole):

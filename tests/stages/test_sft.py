@@ -188,6 +188,17 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(base, data, cache, tm
     assert_same_run(parts, whole)
 
 
+@pytest.mark.parametrize("bits", ["--int8", "--nf4"])
+def test_adapters_learn_beside_a_quantised_model(full, adapted, cache, tmp_path, bits):
+    """The trained adapters then belong to the model as it is stored: what quantising rounded is not missed."""
+    rows = [{"prompt": f"colour of {thing}?", "response": colour} for thing, colour in OTHERS.items()]
+    (tmp_path / "others.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 8))
+    flags = ("--epochs", "25", "--optimizer.peak-lr", "1e-2", "--train", "lora", "--lora.rank", "8", bits)
+    code, _, err = finish(start(words(full, tmp_path / "others.jsonl", tmp_path / "run", *flags), cache))
+    assert code == 0 and f"{bits[2:]}: matrices differ from the stored ones by" in err, err
+    assert answers(tmp_path / "run") == OTHERS
+
+
 def test_devices_and_micro_batches_change_nothing(base, data, cache, tmp_path):
     runs = {}
     ways = {
@@ -220,7 +231,8 @@ def test_a_dry_run_shows_what_is_trained_and_touches_nothing(base, data, tmp_pat
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--int8",), "--int8 freezes the weights in 8 bits, and --train all trains them; say --train lora"),
+        (("--int8",), "--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora"),
+        (("--int8", "--nf4", "--train", "lora"), "--int8 and --nf4 were both given"),
         (("--length", "65"), "--length 65 is more than the model's context of 64 tokens"),
         (("--micro-batches", "3"), "--micro-batches 3 does not divide the 8 rows"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
