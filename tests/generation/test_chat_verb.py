@@ -4,6 +4,7 @@ import io
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -178,6 +179,8 @@ class Terminal:
     def __init__(self, code: str, *words: str):
         self._ours, theirs = os.openpty()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
+        # A shell in the background has SIGINT ignored, which a child would inherit.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *words],
             stdin=theirs,
@@ -186,6 +189,7 @@ class Terminal:
             env=environment,
             start_new_session=True,
         )
+        signal.signal(signal.SIGINT, before)
         os.close(theirs)
 
     def until(self, text: str, seconds: float = 120) -> str:
