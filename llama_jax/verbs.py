@@ -256,7 +256,7 @@ def convert(argv: Sequence[str]) -> None:
           llama-jax convert runs/mine mine-adapters --to peft
 
         Args:
-          src: A run or one of its checkpoints, a Hugging Face or Meta folder, or a llama2.c file.
+          src: A run or one of its checkpoints, a Hugging Face, Meta or PEFT folder, a llama2.c file, or hub:ID.
           dst: The folder to write; it must not exist yet.
           to: The form to write.
           form: The form of SRC; recognised if not given.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.conversion import layout, source
+from llama_jax.conversion.adapted import holds_adapters
 from llama_jax.conversion.convert import Form, locate, open_source, recognise
 from llama_jax.conversion.source import Overrides, Source
 from llama_jax.errors import UserError
@@ -50,7 +51,7 @@ def load_model(
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
     path = locate(path)
     form = form or recognise(path)
-    plain = form == "ours" and "adapters" not in checkpoint.read_metadata(checkpoint.find_checkpoints(path)[-1])
+    plain = form == "ours" and not holds_adapters(path)
     if plain and overrides == Overrides() and not (int8 or nf4):
         model, tokenizer = checkpoint.restore_model(path, mesh, dtype)
     else:

@@ -1,5 +1,6 @@
 """Checkpoints of any form straight onto a mesh: every device gets its own part, bit for bit what one device would get."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -149,6 +150,16 @@ def test_int8_is_what_quantising_the_loaded_model_gives(folders, capfd, form: st
         for part, other in zip(jax.tree.leaves(leaf), jax.tree.leaves(want[name]), strict=True):
             assert_equal(part, np.asarray(other), name)
             assert part.sharding.is_equivalent_to(other.sharding, part.ndim), name
+
+
+@pytest.mark.parametrize("damaged", ["_CHECKPOINT_METADATA", "model/_METADATA"])
+def test_a_damaged_newest_checkpoint_of_a_run_gives_way_to_the_one_before(folders, tmp_path, damaged: str):
+    for step in (1, 2):
+        shutil.copytree(folders["ours"], tmp_path / "run" / "checkpoints" / str(step))
+    (tmp_path / "run" / "checkpoints" / "2" / damaged).write_text("{")
+    model, _ = load_model(tmp_path / "run")
+    for name, array in leaves(load_model(folders["ours"])[0]).items():
+        assert_equal(leaves(model)[name], np.asarray(array), name)
 
 
 def test_nf4_is_what_quantising_the_loaded_model_gives(folders, capfd):
