@@ -275,8 +275,7 @@ def convert(argv: Sequence[str]) -> None:
 
         overrides = Overrides(norm_eps, context_length, fold_kv_heads)
         output = conversion.Output(shards, llama2c_version, dtype, tokenizer)
-        action = conversion.plan if dry_run else conversion.convert
-        report = action(src, dst, to, form=form, output=output, overrides=overrides)
+        report = conversion.convert(src, dst, to, form=form, output=output, overrides=overrides, dry_run=dry_run)
         print(json.dumps(report) if as_json else conversion.summary(report))
 
     _call(run, "convert", argv)

@@ -150,6 +150,7 @@ def convert(
     form: Form | None = None,
     output: Output = Output(),
     overrides: Overrides = Overrides(),
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Converts a checkpoint; the destination appears whole, under its name, or not at all.
 
@@ -160,14 +161,17 @@ def convert(
       form: that of `src`; recognised if none.
       output: how to write.
       overrides: how to read.
+      dry_run: check the source, and write nothing.
 
     Returns:
-      what was done: forms, parameters, bytes, dtypes, and notes.
+      what was done, or would be: forms, parameters, bytes, dtypes, and notes.
 
     Raises:
       UserError: the source is not whole, the destination exists, or its form cannot hold the model.
     """
     report, opened, dtypes = _prepare(src, dst, to, form, output, overrides)
+    if dry_run:
+        return report | {"written": False}
     if to == "peft":
         with _whole(Path(dst), report["bytes"]) as folder:
             peft.write_peft(folder, opened.adapters, opened.lora, opened.config, opened.base_path)
@@ -184,19 +188,6 @@ def convert(
             advance(sizes[name])
         opened.finish()
     return report | {"written": True}
-
-
-def plan(
-    src: str | Path,
-    dst: str | Path,
-    to: Form,
-    *,
-    form: Form | None = None,
-    output: Output = Output(),
-    overrides: Overrides = Overrides(),
-) -> dict[str, Any]:
-    """What `convert` would do, after all its checks of the source; nothing is written. Arguments and errors as there."""
-    return _prepare(src, dst, to, form, output, overrides)[0] | {"written": False}
 
 
 def _prepare(
