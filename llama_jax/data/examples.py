@@ -38,6 +38,8 @@ class DialogueConfig:
     """How rows hold dialogues; auto: what fits most of a source's first rows."""
     system_prompt: str = ""
     """The system message of dialogues that have none; empty for none."""
+    answers: Literal["all", "last"] = "all"
+    """Which answers of a dialogue are trained: all, or the last alone, as for ghost attention (paper 3.3)."""
     held_out: float = 0.01
     """Fraction of the dialogues kept for evaluation, chosen by their content alone; 0 for none."""
     bad_rows: float = 0.01
@@ -149,7 +151,7 @@ def load_examples(config: DialogueConfig, tokenizer: Tokenizer, template: Templa
         held_out.begin_source()
         for dialogue in read_dialogues(rows, shape, template, skipped):
             whole = with_system(dialogue, config.system_prompt)
-            encoded, kept = encode_to_fit(tokenizer, whole, template, length + 1)
+            encoded, kept = encode_to_fit(tokenizer, whole, template, length + 1, config.answers)
             shortened += 0 < kept < len(whole)
             too_long += kept == 0
             if kept:
@@ -161,13 +163,20 @@ def load_examples(config: DialogueConfig, tokenizer: Tokenizer, template: Templa
     return loaded
 
 
-def encode_to_fit(tokenizer: Tokenizer, dialogue: Dialogue, template: Template, longest: int) -> tuple[Encoded, int]:
+def encode_to_fit(
+    tokenizer: Tokenizer,
+    dialogue: Dialogue,
+    template: Template,
+    longest: int,
+    answers: Literal["all", "last"] = "all",
+) -> tuple[Encoded, int]:
     """Encodes as many turns of a dialogue as make at most `longest` tokens, and says how many messages those are.
 
     Our choice: the first turns are kept, as the later ones depend on them and the system message stands there; the cut
-    is behind an answer, so nothing trained is half. Where not even the first answer fits, nothing is kept.
+    is behind an answer, so nothing trained is half. Where not even the first answer fits, nothing is kept. Of the
+    answers, all are trained, or the last of those that are kept.
     """
-    encoded = encode_dialogue(tokenizer, dialogue, template)
+    encoded = encode_dialogue(tokenizer, dialogue, template, answers)
     if len(encoded.ids) <= longest:
         return encoded, len(dialogue)
     first = 1 + (dialogue[0].role == "system")  # the number of the first answer
@@ -179,7 +188,7 @@ def encode_to_fit(tokenizer: Tokenizer, dialogue: Dialogue, template: Template, 
     fitting = bisect.bisect_right(ends, longest, key=tokens)
     if not fitting:
         return Encoded([], []), 0
-    return encode_dialogue(tokenizer, dialogue[: ends[fitting - 1]], template), ends[fitting - 1]
+    return encode_dialogue(tokenizer, dialogue[: ends[fitting - 1]], template, answers), ends[fitting - 1]
 
 
 def content_hash(dialogue: Dialogue) -> int:

@@ -149,15 +149,18 @@ class Plain:
         return _joined(_pair(tokenizer, question + self.separator, answer) for question, answer in pairs)
 
 
-def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], template: Template) -> Encoded:
-    """Encodes a finished dialogue for training, every answer of it trained.
+def encode_dialogue(
+    tokenizer: Tokenizer, messages: Sequence[Message], template: Template, answers: Literal["all", "last"] = "all"
+) -> Encoded:
+    """Encodes a finished dialogue for training, every answer of it trained, or the last alone (paper 3.3).
 
     Raises:
       BadDialogue: the roles are not ([system,] user, assistant, ... user, assistant), or a message holds one of the
         template's tags, such as [INST]. (The reference answers the latter with a fixed line instead.)
     """
     check_dialogue(messages, template, last="assistant")
-    return template.encode(tokenizer, messages)
+    encoded = template.encode(tokenizer, messages)
+    return encoded if answers == "all" else _last_answer(encoded)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], template: Template) -> list[int]:
@@ -230,6 +233,15 @@ def _pair(tokenizer: Tokenizer, prompt: str, answer: str | None) -> Encoded:
 
 def _control(*ids: int) -> Encoded:
     return Encoded(list(ids), [False] * len(ids))
+
+
+def _last_answer(encoded: Encoded) -> Encoded:
+    """The same ids, of whose answers only the last is trained: what stands behind the last untrained id, which is the
+    last of that answer's prompt.
+    """
+    ids, mask = encoded
+    behind = mask[::-1].index(False)
+    return Encoded(ids, [False] * (len(ids) - behind) + [True] * behind)
 
 
 def _joined(parts: Iterable[Encoded]) -> Encoded:

@@ -148,6 +148,19 @@ def test_what_is_trained_in_packed_rows_is_the_answers_and_their_eos(packing, to
     assert Counter(trained_texts(epoch_batches(packing), tokenizer)) == answers_of(in_training)
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, Plain()])
+def test_of_answers_last_only_the_last_that_is_kept_is_trained(tmp_path, tokenizer, template):
+    """Also where a dialogue is cut to fit a row: then an answer is the last that was not the last before."""
+    dialogues = [random_dialogue(random.Random(n), n, pairs=1 + n) for n in range(30)]
+    config = DialogueConfig(sources=(write(tmp_path / "t.jsonl", dialogues),), held_out=0, answers="last")
+    loaded = load_examples(config, tokenizer, template, LENGTH)
+    kept = [encode_to_fit(tokenizer, dialogue, template, LENGTH + 1)[1] for dialogue in dialogues]
+    assert loaded.shortened == sum(count < len(d) for count, d in zip(kept, dialogues, strict=True)) > 5
+    trained = trained_texts(epoch_batches(Packing(loaded.train, LENGTH)), tokenizer)
+    last = [(d[count - 1],) for count, d in zip(kept, dialogues, strict=True) if count]
+    assert Counter(text.strip() for text in trained) == Counter(text.strip() for text in answers_of(last))
+
+
 def test_a_loss_mask_one_place_off_is_noticed(packing, tokenizer):
     """The mutant: the answer mask laid over the inputs instead of the targets."""
     batch = epoch_batches(packing)

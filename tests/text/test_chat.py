@@ -168,6 +168,16 @@ def test_training_goes_on_exactly_where_generation_begins(tokenizer, template):
         assert len(mask) == len(ids)
 
 
+@pytest.mark.parametrize("template", [LLAMA2, LLAMA3, PLAIN])
+def test_the_last_answer_alone_is_all_that_follows_the_prompt_of_the_last_turn(tokenizer, template):
+    """Whatever the turns before it hold, their answers are prompt to the last."""
+    for messages in DIALOGUES:
+        encoded = encode_dialogue(tokenizer, messages, template, answers="last")
+        assert encoded.ids == encode_dialogue(tokenizer, messages, template).ids
+        prompt = len(encode_prompt(tokenizer, messages[:-1], template))
+        assert encoded.answer_mask == [False] * prompt + [True] * (len(encoded.ids) - prompt)
+
+
 def test_llama3_ids_and_masks(tokenizer):
     def text(words):
         return tokenizer.encode(words, bos=False)
