@@ -6,6 +6,7 @@ gone, as shells have it. Nothing is imported before it is needed: `llama-jax --h
 
 import difflib
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -15,19 +16,20 @@ from llama_jax.errors import Diverged, Preempted, UserError
 
 OK, BUG, BAD_INPUT, DIVERGED, PREEMPTED, INTERRUPTED, READER_GONE = 0, 1, 2, 3, 42, 130, 141
 
-# The functions of these names in llama_jax.verbs are the verbs; their signatures are the flags.
+# Each verb's module in llama_jax.verbs, in which a function of its name (ghost-attention is ghost_attention) takes the
+# words behind the verb; and what it does, in a line.
 VERBS = {
-    "doctor": "what this machine has, what is missing, and the command that installs it",
-    "tokenizer": "train a SentencePiece tokenizer, look into one, encode, decode",
-    "tokenize": "turn text into token shards once, for corpora that are read often",
-    "pretrain": "train a model from a recipe; any field can be overridden",
-    "sft": "fine-tune a model on dialogues: every weight, or low-rank adapters",
-    "generate": "continue a text with a trained model",
-    "chat": "talk with a fine-tuned model, in the terminal or on a pipe",
-    "convert": "weights between Hugging Face, Meta, llama2.c and our own form, exactly",
-    "verify": "whether two checkpoints of any form are the same model",
-    "download": "fetch a checkpoint from the Hugging Face hub, its needed files alone",
-    "demo": "the whole pipeline in minutes on a laptop, from raw text to samples",
+    "doctor": ("first_steps", "what this machine has, what is missing, and the command that installs it"),
+    "tokenizer": ("text", "train a SentencePiece tokenizer, look into one, encode, decode"),
+    "tokenize": ("text", "turn text into token shards once, for corpora that are read often"),
+    "pretrain": ("training", "train a model from a recipe; any field can be overridden"),
+    "sft": ("training", "fine-tune a model on dialogues: every weight, or low-rank adapters"),
+    "generate": ("generation", "continue a text with a trained model"),
+    "chat": ("generation", "talk with a fine-tuned model, in the terminal or on a pipe"),
+    "convert": ("weights", "weights between Hugging Face, Meta, llama2.c and our own form, exactly"),
+    "verify": ("weights", "whether two checkpoints of any form are the same model"),
+    "download": ("weights", "fetch a checkpoint from the Hugging Face hub, its needed files alone"),
+    "demo": ("first_steps", "the whole pipeline in minutes on a laptop, from raw text to samples"),
 }
 
 EXAMPLES = """\
@@ -94,13 +96,14 @@ def _dispatch(argv: list[str]) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean `llama-jax {near[0]}`?" if near else f"it is one of {', '.join(VERBS)}"
         raise UserError(f"unknown verb {verb!r}; {hint}")
-    from llama_jax import verbs
-
-    return getattr(verbs, verb)(rest) or OK
+    module, _ = VERBS[verb]
+    function = getattr(importlib.import_module(f"llama_jax.verbs.{module}"), verb.replace("-", "_"))
+    return function(rest) or OK
 
 
 def _help() -> str:
-    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}} {what}" for verb, (_, what) in VERBS.items()]
     return "\n".join(
         [
             "usage: llama-jax VERB [arguments] [--debug]",

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax import cli, verbs
+from llama_jax import cli
 from llama_jax.errors import Diverged, Preempted, UserError
+from llama_jax.verbs import first_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +29,7 @@ def fail_with(monkeypatch, error: BaseException) -> None:
     def verb(argv):
         raise error
 
-    monkeypatch.setattr(verbs, "doctor", verb)
+    monkeypatch.setattr(first_steps, "doctor", verb)
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
@@ -46,12 +47,20 @@ def test_help_is_quick_and_loads_nothing_heavy():
         assert f"'{heavy}'" not in modules
 
 
+def test_a_verb_of_two_words_is_a_function_of_both(capsys, monkeypatch):
+    monkeypatch.setitem(cli.VERBS, "ghost-attention", ("first_steps", "remember the instruction"))
+    monkeypatch.setattr(first_steps, "ghost_attention", lambda argv: len(argv), raising=False)
+    assert outcome(capsys, "ghost-attention", "a", "b")[0] == 2
+    lines = outcome(capsys, "--help")[1].splitlines()
+    columns = {line.index(what) for line in lines for _, what in cli.VERBS.values() if line.endswith(what)}
+    assert len(columns) == 1 and "  ghost-attention remember the instruction" in lines
+
+
 def test_help_lists_every_verb_with_examples(capsys):
     code, out, _ = outcome(capsys, "--help")
     assert code == 0
-    for verb, what in cli.VERBS.items():
+    for verb, (_, what) in cli.VERBS.items():
         assert f"  {verb} " in out and what in out
-        assert callable(getattr(verbs, verb))
     examples = [line for line in out.splitlines() if line.startswith("  llama-jax ")]
     assert {line.split()[1] for line in examples} <= set(cli.VERBS)
     assert len(examples) >= 4

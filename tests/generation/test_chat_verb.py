@@ -156,17 +156,18 @@ def test_a_real_model_answers_on_a_pipe(shared):
 
 CHILD = """
 import fcntl, sys, termios
-from llama_jax import cli, verbs
+from llama_jax import cli
 from llama_jax.generation.session import Chat
 from llama_jax.generation.terminal import converse
 from llama_jax.text.chat import Llama2Chat
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.verbs import generation
 from tests.generation.scripted import ScriptedLlama
 
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the pseudo-terminal's Ctrl-C is ours
 answers = [["on", *[" and on"] * 1000], ["to", " be", " sure"]]
 chat = Chat(ScriptedLlama(Tokenizer.load(sys.argv[1]), answers, delay=0.05), Llama2Chat())
-verbs.chat = lambda argv: converse(chat)
+generation.chat = lambda argv: converse(chat)
 code = cli.main(["chat"])
 print([message.content[:6] for message in chat.history])
 sys.exit(code)

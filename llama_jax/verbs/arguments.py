@@ -1,0 +1,42 @@
+"""How words on the command line become a function's arguments or a config's fields."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import arg
+
+Config = TypeVar("Config")
+Json = Annotated[bool, arg(name="json")]
+# A field that is a dataclass or None keeps what the recipe chose, instead of becoming a subcommand.
+_NO_SUBCOMMANDS = (tyro.conf.AvoidSubcommands,)
+
+
+def call(function: Callable, name: str, argv: Sequence[str]) -> Any:
+    """Calls a function with the command line as its arguments; its docstring up to "Args:" is the help text."""
+    description = inspect.cleandoc(function.__doc__ or "").split("\nArgs:")[0].rstrip()
+    return tyro.cli(
+        function,
+        args=list(argv),
+        prog=f"llama-jax {name}",
+        description=description,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def config_with_flags(config: Config, name: str, description: str, flags: Sequence[str]) -> Config:
+    """The config with the fields that flags name overridden; every field is a flag."""
+    return tyro.cli(
+        type(config),
+        default=config,
+        args=list(flags),
+        prog=f"llama-jax {name}",
+        description=description,
+        config=_NO_SUBCOMMANDS,
+    )
+
+
+def show_fields(config_class: type, name: str, description: str) -> None:
+    """Prints the help of a verb whose flags are the fields of a config, and exits."""
+    tyro.cli(config_class, args=["--help"], prog=f"llama-jax {name}", description=description, config=_NO_SUBCOMMANDS)

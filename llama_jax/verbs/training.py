@@ -1,0 +1,56 @@
+"""The verbs that train: pretrain and sft."""
+
+from collections.abc import Sequence
+
+from llama_jax.errors import UserError
+from llama_jax.recipes import list_recipes, load_recipe
+from llama_jax.verbs.arguments import config_with_flags, show_fields
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """Loads the recipe, lets the flags override its fields, and runs the stage."""
+    from llama_jax.stages.pretrain import PretrainConfig, run
+
+    recipes = ", ".join(path.stem for path in list_recipes()) or "none here"
+    text = f"""Pretrain a model (paper 2.2) from a recipe: a Python file, or the name of one in experiments/.
+
+Recipes: {recipes}.
+
+Every field of the recipe is a flag. A run that was interrupted goes on when it is started again with the same --out.
+
+Examples:
+  llama-jax pretrain experiments/tiny_end_to_end.py --out runs/tiny
+  llama-jax pretrain experiments/tiny_end_to_end.py --data.sources "text:books/*.txt" --out runs/books
+  llama-jax pretrain experiments/pretrain_7b.py --mesh fsdp=8 --optimizer.peak-lr 1e-4 --dry-run"""
+    if argv and argv[0] in ("-h", "--help"):
+        show_fields(PretrainConfig, "pretrain RECIPE", text)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            f"name the recipe first: llama-jax pretrain RECIPE [flags]. Recipes: {recipes}. (llama-jax pretrain --help)"
+        )
+    recipe = load_recipe(argv[0], PretrainConfig)
+    run(config_with_flags(recipe, f"pretrain {argv[0]}", text, argv[1:]))
+
+
+def sft(argv: Sequence[str]) -> None:
+    """Takes a checkpoint or a recipe, lets the flags override its fields, and runs the stage."""
+    from llama_jax.stages.sft import SFTConfig, run
+
+    text = """Fine-tune a model on dialogues (paper 3.1), from a checkpoint of any form or from a recipe.
+
+Loss falls on the answers alone. Rows may be messages, conversations, prompt/response, instruction/output, or transcripts
+with Human: and Assistant:; --dry-run shows what was recognised and what is trained. A run that was interrupted goes on
+when it is started again with the same --out.
+
+Examples:
+  llama-jax sft Llama-2-7b-hf --data mine.jsonl --out runs/mine
+  llama-jax sft Llama-2-7b-hf --data mine.jsonl --train lora --nf4 --optimizer.peak-lr 2e-4 --rows 8 --out runs/mine
+  llama-jax sft runs/books --data mine.jsonl --dry-run"""
+    if argv and argv[0] in ("-h", "--help"):
+        show_fields(SFTConfig, "sft CHECKPOINT", text)
+    if not argv or argv[0].startswith("-"):
+        raise UserError("name the model first: llama-jax sft CHECKPOINT --data FILE.jsonl (llama-jax sft --help)")
+    is_recipe = argv[0].endswith(".py") or argv[0] in [path.stem for path in list_recipes()]
+    config = load_recipe(argv[0], SFTConfig) if is_recipe else SFTConfig(checkpoint=argv[0])
+    flags = ["--data.sources" if word == "--data" else word for word in argv[1:]]
+    run(config_with_flags(config, f"sft {argv[0]}", text, flags))
