@@ -1,4 +1,4 @@
-"""The verbs that train: pretrain and sft."""
+"""The verbs that train, and those that make what is trained on: pretrain, sft, ghost-attention."""
 
 from collections.abc import Sequence
 
@@ -54,3 +54,29 @@ Examples:
     config = load_recipe(argv[0], SFTConfig) if is_recipe else SFTConfig(checkpoint=argv[0])
     flags = ["--data.sources" if word == "--data" else word for word in argv[1:]]
     run(config_with_flags(config, f"sft {argv[0]}", text, flags))
+
+
+def ghost_attention(argv: Sequence[str]) -> None:
+    """Takes a checkpoint, lets the flags set the fields of the stage, and runs it."""
+    from llama_jax.stages.ghost_attention import GhostAttentionConfig, run
+
+    text = """Make dialogues that hold an instruction from the first turn to the last (Ghost Attention, paper 3.3).
+
+The model answers the questions of the data with an instruction in each (a hobby, a language, a public figure); what is
+written has it in the first turn alone, half the time in short. Trained on the last answers of these, a model holds its
+instruction for a whole conversation. The command for that is printed at the end. A run that was interrupted goes on when
+it is started again with the same --out; --dry-run shows three dialogues.
+
+Examples:
+  llama-jax ghost-attention runs/mine-sft --data mine.jsonl --out runs/gatt
+  llama-jax sft runs/mine-sft --data runs/gatt/dialogues.jsonl --data.answers last --out runs/mine-gatt
+  llama-jax ghost-attention Llama-2-7b-chat-hf --data mine.jsonl --data.join 4 --generate-lists --out runs/gatt
+  llama-jax ghost-attention runs/mine-sft --data mine.jsonl --constraints personas.json --dry-run"""
+    if argv and argv[0] in ("-h", "--help"):
+        show_fields(GhostAttentionConfig, "ghost-attention CHECKPOINT", text)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            "name the model first: llama-jax ghost-attention CHECKPOINT --data FILE.jsonl (llama-jax ghost-attention --help)"
+        )
+    flags = ["--data.sources" if word == "--data" else word for word in argv[1:]]
+    run(config_with_flags(GhostAttentionConfig(checkpoint=argv[0]), f"ghost-attention {argv[0]}", text, flags))

@@ -1,0 +1,60 @@
+"""The next answer of many dialogues at once, each as in a conversation of its own (paper 3.3 samples its dialogues so)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from llama_jax.generation.session import spoken
+from llama_jax.text.chat import Message, Template, encode_prompt
+
+if TYPE_CHECKING:
+    from llama_jax.generation.llama import Llama
+
+
+class Reply(NamedTuple):
+    """What a model answered."""
+
+    text: str
+    """Without white space around it, and up to the first of the template's tags, as in a conversation."""
+    ended: Literal["whole", "too long", "no room"]
+    """Whether the model ended it, or max_new_tokens did, or there was no room in the context for so many tokens."""
+
+
+def reply_to(
+    llama: "Llama",
+    dialogues: Sequence[Sequence[Message]],
+    template: Template,
+    *,
+    seeds: Sequence[int],
+    max_new_tokens: int = 200,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+) -> list[Reply]:
+    """Answers dialogues that wait for an answer, as one batch.
+
+    Args:
+      llama: the model.
+      dialogues: each ends with the user's turn.
+      template: the format that the model was trained with.
+      seeds: one for each, so that an answer does not depend on the other dialogues.
+      max_new_tokens: of an answer; so much of the context must be free for it.
+      temperature: as in `Llama.generate`, like top_p.
+
+    Raises:
+      UserError: a dialogue that cannot be encoded, or a setting out of range.
+    """
+    prompts = [encode_prompt(llama.tokenizer, messages, template) for messages in dialogues]
+    room = llama.model.config.context_length - max_new_tokens
+    fitting = [number for number, ids in enumerate(prompts) if len(ids) <= room]
+    replies = [Reply("", "no room")] * len(prompts)
+    completions = llama.generate(
+        [prompts[number] for number in fitting],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=[seeds[number] for number in fitting],
+    )
+    for number, completion in zip(fitting, completions, strict=True):
+        is_whole = completion.finish_reason == "eos" or any(tag in completion.text for tag in template.tags)
+        text = "".join(spoken(iter([completion.text]), template.tags))
+        replies[number] = Reply(text, "whole" if is_whole else "too long")
+    return replies
