@@ -42,6 +42,8 @@ class DialogueConfig:
     """Which answers of a dialogue are trained: all, or the last alone, as for ghost attention (paper 3.3)."""
     held_out: float = 0.01
     """Fraction of the dialogues kept for evaluation, chosen by their content alone; 0 for none."""
+    eval_dialogues: int = 1000
+    """Evaluate on at most so many held-out dialogues, evenly spaced; 0 for all."""
     bad_rows: float = 0.01
     """Share of a source's rows that may be left out because they are no dialogues; more is an error."""
 
@@ -304,14 +306,17 @@ def answer_batches(
 
 
 def held_out_answer_batches(
-    examples: Examples, *, length: int, rows: int, process_index: int = 0, process_count: int = 1
+    examples: Examples, *, length: int, rows: int, most: int = 0, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Gives all examples once, packed in their order; the last batch is filled with empty rows.
+    """Gives all examples once, or `most` of them, evenly spaced, if that is above 0 and they are more; they are packed
+    in their order, and the last batch is filled with empty rows.
 
     Each process gets equally many batches of its equal share of `rows`.
     """
     own = own_rows(rows, process_index, process_count)
-    packed = best_fit(examples.places.tolist(), length)
+    count = min(len(examples), most or len(examples))
+    numbers = np.arange(count) * len(examples) // max(count, 1)
+    packed = [numbers[row].tolist() for row in best_fit(examples.places[numbers].tolist(), length)]
     for start in range(0, len(packed), rows):
         chosen = packed[start : start + rows]
         chosen += [[] for _ in range(rows - len(chosen))]
@@ -381,5 +386,7 @@ def _check(config: DialogueConfig) -> None:
         raise UserError("No dialogues. Set --data.sources to a .jsonl file, hf:NAME or tfds:NAME.")
     if not 0 <= config.held_out <= 0.5:
         raise UserError(f"--data.held-out {config.held_out} is no fraction of dialogues between 0 and 0.5.")
+    if config.eval_dialogues < 0:
+        raise UserError(f"--data.eval-dialogues is {config.eval_dialogues}; it must be above 0, or 0 for all held out.")
     if not 0 <= config.bad_rows <= 1:
         raise UserError(f"--data.bad-rows {config.bad_rows} is no share of rows between 0 and 1.")

@@ -374,6 +374,16 @@ def test_the_last_held_out_batch_is_filled_with_empty_rows(loaded):
         assert found == Counter(as_bytes(Encoded(*map(list, loaded.held_out[n]))) for n in range(len(loaded.held_out)))
 
 
+def test_of_many_held_out_dialogues_some_are_evaluated(loaded):
+    """As many as asked for, from all over; never one twice."""
+    every = [as_bytes(Encoded(*map(list, loaded.held_out[n]))) for n in range(len(loaded.held_out))]
+    for most in (1, 4, len(every) + 1):
+        batches = held_out_answer_batches(loaded.held_out, length=LENGTH, rows=ROWS, most=most)
+        places = sorted(every.index(as_bytes(segment)) for segment in stacked(batches))
+        assert len(set(places)) == len(places) == min(most, len(every))
+        assert most != 4 or (places[1] < len(every) / 2 <= places[2])
+
+
 def test_too_many_bad_rows_are_an_error(tmp_path, tokenizer):
     path = tmp_path / "t.jsonl"
     write(path, DIALOGUES)
@@ -391,6 +401,7 @@ def test_too_many_bad_rows_are_an_error(tmp_path, tokenizer):
     [
         ({"sources": ()}, r"Set --data\.sources"),
         ({"held_out": 0.6}, r"--data\.held-out 0\.6"),
+        ({"eval_dialogues": -1}, r"--data\.eval-dialogues is -1"),
         ({"bad_rows": -0.1}, r"--data\.bad-rows -0\.1"),
         ({"shape": "alpaca"}, r"--data\.shape alpaca is none of auto"),
     ],
