@@ -136,7 +136,8 @@ def main(
         folder = out / f"{number}-{Path(checkpoint).name}"
         sample(checkpoint, folder, settings, temperatures, batch)
         own = score(folder, kinds, temperatures)
-        curves |= {f"{Path(checkpoint).name}, {kind}": own[kind] for kind in sorted(own)}
+        name = f"{Path(checkpoint).name} {'chat' if settings.chat else 'plain'}"
+        curves |= {f"{name}, {kind}": own[kind] for kind in sorted(own)}
     plot(curves, temperatures, out / "self_bleu.png")
     print(f"| temperature | {' | '.join(curves)} |\n|{'---|' * (len(curves) + 1)}")
     for place, temperature in enumerate(temperatures):

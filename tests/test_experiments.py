@@ -1,4 +1,4 @@
-"""The recipes: every one loads, and the ablations run and print what their runs measured."""
+"""The experiments: every recipe loads, and the ablations run and print what their runs measured."""
 
 import re
 from dataclasses import replace
@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from experiments import context_ablation, gqa_ablation
+from llama_jax import cli
 from llama_jax.recipes import load_recipe
 from llama_jax.stages.pretrain import PretrainConfig
+from llama_jax.stages.sft import SFTConfig
 from llama_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,13 +38,34 @@ def table(text: str) -> list[list[str]]:
     return [re.split(r" \| ", line.strip("| ")) for line in text.splitlines() if line.startswith("| ")][1:]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*.py")), ids=lambda path: path.stem)
-def test_every_recipe_loads_is_short_and_states_claim_and_command(path):
-    config = load_recipe(str(path), PretrainConfig)
-    assert config.total_steps > config.optimizer.warmup_steps and config.batch_tokens % config.length == 0
+def is_recipe(path: Path) -> bool:
+    """Whether a verb can run it; the others are programs of their own."""
+    return bool(re.search(r"^config = ", path.read_text(), re.M))
+
+
+EXPERIMENTS = sorted(ROOT.glob("experiments/[!_]*.py"))
+RECIPES = [path for path in EXPERIMENTS if is_recipe(path)]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_is_short_and_states_claim_and_command(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 80
-    assert "Claim: " in text and "Command: " in text
+    assert len(text.splitlines()) <= (80 if is_recipe(path) else 160)
+    assert "Claim: " in text
+    command = re.search(r"^Command: (?:llama-jax (\w+)|python -m experiments\.(\w+))", text, re.M)
+    assert command, "no command"
+    verb, module = command.groups()
+    assert module == path.stem if module else verb in cli.VERBS
+    assert is_recipe(path) or re.search(r"^def main\(", text, re.M)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_its_numbers_fit_each_other(path):
+    config = load_recipe(str(path), SFTConfig if "sft" in path.stem else PretrainConfig)
+    if isinstance(config, SFTConfig):
+        assert config.rows % config.micro_batches == 0 and config.length <= 4096
+    else:
+        assert config.total_steps > config.optimizer.warmup_steps and config.batch_tokens % config.length == 0
 
 
 def test_gqa_ablation_prints_what_its_runs_measured(source, tmp_path, monkeypatch, capsys):

@@ -1,66 +1,100 @@
-"""The README tells the truth: its bash blocks run as they stand, and what it names exists."""
+"""README and guides tell the truth: their bash and Python blocks run as they stand, and what they name exists."""
 
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 
 from llama_jax import cli
+from llama_jax.training.metrics import read_metrics
+from tests.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README, FINETUNING = "README.md", "docs/finetuning.md"
+DOCUMENTS = (README, FINETUNING)
+RECIPES = ("domain_qa", "style", "classification", "summarisation", "code")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+def blocks(document: str, *languages: str) -> Iterator[tuple[str, str]]:
+    """Language and code of a document's blocks in these languages, in their order."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / document).read_text(), re.M | re.S)
+    return ((language, code) for language, code in found if language in languages)
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    """A folder with a corpus.txt, and the environment of a user for whom llama-jax is installed."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "corpus.txt").write_text("\n".join(topics.values()))
-    command = folder / "bin" / "llama-jax"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m llama_jax.cli "$@"\n')
-    command.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+def commands(document: str, *languages: str) -> str:
+    return " ".join(code for _, code in blocks(document, *languages))
+
+
+def run_blocks(document: str, folder: Path, **more: str) -> None:
+    """Runs a document's bash and Python blocks in one folder, as a user for whom llama-jax is installed.
+
+    In the order of the text: a block may use what an earlier one made.
+    """
+    (folder / "bin").mkdir()
+    for name, words in {"llama-jax": "-m llama_jax.cli", "python": ""}.items():
+        command = folder / "bin" / name
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **more}
     environment.pop("XLA_FLAGS", None)  # the suite's eight fake devices are nobody's machine
-    return folder, environment
-
-
-def test_bash_and_python_blocks_run(machine):
-    """In the order of the text, in one folder: a block may use what an earlier one made."""
-    folder, environment = machine
-    for block in re.findall(r"^```(?:bash|python)\n.*?^```$", README, re.M | re.S):
-        language, code = block.strip("`").split("\n", 1)
+    for language, code in blocks(document, "bash", "python"):
         shell = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
         result = subprocess.run(
             [*shell, code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
         )
-        assert result.returncode == 0, f"{block}\n{result.stderr[-2000:]}"
+        assert result.returncode == 0, f"{code}\n{result.stderr[-2000:]}"
+
+
+def test_the_blocks_of_the_readme_run(tmp_path):
+    (tmp_path / "corpus.txt").write_text("\n".join(topics.values()))
+    run_blocks(README, tmp_path)
+
+
+def test_the_blocks_on_finetuning_run_and_every_recipe_lowers_its_loss(tmp_path):
+    """With a tiny model, and with the flags that the guide gives for one."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    texts = [path.read_text() for path in sorted((ROOT / "experiments" / "data").glob("*.jsonl"))]
+    write_tiny_checkpoint(tmp_path / "tiny" / "hf", texts)
+    (flags,) = re.findall(r'FLAGS="([^"]+)"', commands(FINETUNING, "console"))
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    run_blocks(FINETUNING, tmp_path, MODEL="tiny/hf", FLAGS=f"{flags} --loop.log-every 1", **cache)
+    for name in RECIPES:
+        losses = [record["train/loss"] for record in read_metrics(tmp_path / "runs" / name) if "train/loss" in record]
+        assert losses[-1] < losses[0] - 1, f"{name}: {losses}"
 
 
 def test_there_are_bash_blocks_for_the_first_steps():
-    commands = " ".join(blocks("bash"))
-    for step in ("llama-jax doctor", "llama-jax tokenizer train", "llama-jax pretrain"):
-        assert step in commands
+    for step in ("llama-jax doctor", "llama-jax tokenizer train", "llama-jax pretrain", "llama-jax sft"):
+        assert step in commands(README, "bash")
+    for name in RECIPES:
+        assert f"llama-jax sft sft_{name} " in commands(FINETUNING, "bash")
 
 
-def test_verbs_and_targets_in_the_text_exist():
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_verbs_and_targets_in_the_text_exist(document):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    text = " ".join([*blocks("bash"), *blocks("console")])
+    text = commands(document, "bash", "console")
     assert set(re.findall(r"\bmake ([a-z]+)", text)) <= targets
     verbs = set(re.findall(r"llama-jax ([a-z][a-z-]*)", text))
-    assert {"doctor", "pretrain", "generate"} <= verbs <= set(cli.VERBS)
+    assert verbs and verbs <= set(cli.VERBS)
 
 
-def test_folders_and_links_exist():
-    named = re.findall(r"^\| `([^`]+)` \|", README, re.M) + re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert len(named) > 10
-    missing = [name for name in named if not (ROOT / name).exists()]
+@pytest.mark.parametrize(
+    "document", sorted(str(path.relative_to(ROOT)) for path in [ROOT / README, *ROOT.glob("docs/*.md")])
+)
+def test_links_and_paths_exist(document):
+    text = (ROOT / document).read_text()
+    links = [(ROOT / document).parent / link for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
+    paths = [ROOT / path for path in re.findall(r"`((?:bench|docs|experiments|llama_jax|tests)/[\w./-]*)`", text)]
+    missing = [path for path in (*links, *paths) if not path.exists()]
     assert not missing
+
+
+def test_the_table_of_folders_names_what_is_there():
+    named = re.findall(r"^\| `([^`]+)` \|", (ROOT / README).read_text(), re.M)
+    assert len(named) > 10 and all((ROOT / name).exists() for name in named)

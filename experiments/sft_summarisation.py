@@ -1,0 +1,29 @@
+"""A long text in, a short one out (paper 3.1, with adapters).
+
+Claim: the loss on held-out summaries falls; how faithful a 7B model's summaries are is not measured here.
+A row: {"text": "\\n\\nHuman: Summarise in one sentence:\\n\\n...\\n\\nAssistant: ..."}; the other shapes do as well. Use one
+  instruction for each length or form of summary, and put into a summary nothing that the text does not say.
+Command: llama-jax sft sft_summarisation --checkpoint Llama-2-7b-hf --data mine.jsonl --out runs/summarisation
+  The example's texts are short; --length 512 gives them more steps.
+Cost: 7B in 4 bits at 4096 tokens a row takes 9.2 GB, as planned for a TPU v5e (bench/qlora_memory.py). Time: not measured.
+Check: read ten summaries beside their texts. A program can look for numbers and names that the text does not have.
+"""
+
+from dataclasses import replace
+
+from experiments.sft_domain_qa import config as parent
+from experiments.sft_domain_qa import example
+
+config = replace(
+    parent,
+    data=example("summarisation"),
+    # The whole context: a text that does not fit with its summary is left out, and counted, rather than cut.
+    length=4096,
+    # A row is one or two long texts, so a batch is four rows, read one after the other to fit 16 GB.
+    rows=4,
+    micro_batches=4,
+    # The text says what to write and only the form is new: as few passes as a large file needs, half the rate.
+    epochs=3,
+    optimizer=replace(parent.optimizer, peak_lr=1e-4),
+    out="runs/summarisation",
+)
