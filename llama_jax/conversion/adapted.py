@@ -12,7 +12,7 @@ from llama_jax.conversion.source import Source
 from llama_jax.errors import UserError
 from llama_jax.model.lora import Adapters, LoraConfig, abstract_adapters
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.training.checkpoint import find_checkpoints, read_metadata, restore_tree
+from llama_jax.training.checkpoint import newest_readable, read_metadata, restore_tree
 
 
 class AdaptedSource:
@@ -39,12 +39,10 @@ class AdaptedSource:
 
 def holds_adapters(path: Path) -> bool:
     """Whether a run, or one of its checkpoints, is of adapters: what its newest readable checkpoint says."""
-    for folder in reversed(find_checkpoints(path)):
-        try:
-            return "adapters" in read_metadata(folder)
-        except UserError:
-            continue  # whoever reads the weights reports it, and takes the one before
-    return False
+    try:
+        return "adapters" in read_metadata(newest_readable(path))
+    except UserError:
+        return False  # whoever reads the weights reports it
 
 
 def read_adapters(folder: Path) -> tuple[Adapters, LoraConfig, str] | None:

@@ -30,7 +30,7 @@ from llama_jax.conversion.meta import MetaSink, MetaSource
 from llama_jax.conversion.ours import OurSink, OurSource
 from llama_jax.conversion.source import Overrides, Source
 from llama_jax.errors import UserError
-from llama_jax.training.checkpoint import find_checkpoints
+from llama_jax.training.checkpoint import find_checkpoints, newest_readable
 
 Form = Literal["hf", "meta", "ours", "llama2c", "peft"]
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -63,6 +63,16 @@ def locate(path: str | Path) -> Path:
     from llama_jax.conversion.download import download
 
     return download(repo_id)
+
+
+def pinned(path: str | Path) -> Path:
+    """Where a checkpoint lies; of a run its newest that can be read, so that the same is meant when the run has gone on.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    path = locate(path)
+    return newest_readable(path) if recognise(path) == "ours" else path
 
 
 def recognise(path: Path) -> Form:

@@ -131,7 +131,7 @@ def run(config: PretrainConfig) -> None:
         checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
         try:
             decisive = without(config, FREE_TO_CHANGE) | {"tokenizer": tokenizer.sha256}
-            open_run(folder, "pretrain", config, decisive, tokenizer, checkpoints)
+            open_run(folder, "pretrain", config, decisive, tokenizer, checkpoints, config.resume)
 
             def save(state: TrainState, cursor: Cursor) -> None:
                 checkpoints.save(state, {"recipe": decisive, "cursor": cursor._asdict()}, tokenizer)

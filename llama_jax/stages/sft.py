@@ -5,6 +5,7 @@ The paper's settings are the defaults: two epochs, batches of 64 rows of 4096 to
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from optax import GradientTransformation
 
 from llama_jax.config import Compute, LlamaConfig
-from llama_jax.conversion.convert import locate, open_source
+from llama_jax.conversion.convert import open_source, pinned
 from llama_jax.conversion.load import load_model
 from llama_jax.conversion.source import TOKENIZER
 from llama_jax.data.examples import (
@@ -46,7 +48,7 @@ from llama_jax.training.batches import share_of_process
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.held_out import make_score
 from llama_jax.training.loop import LoopConfig, fit
-from llama_jax.training.metrics import say
+from llama_jax.training.metrics import read_metrics, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from llama_jax.training.run_folder import make_folder, open_run, without
 from llama_jax.training.step import TrainState
@@ -101,9 +103,11 @@ class SFTConfig:
     """Print the dry run as JSON."""
 
 
+# What may differ between a run and its continuation. The model, the tokenizer and the dialogues are compared by what they
+# turned out to be, not by the names under which they were found.
 FREE_TO_CHANGE = (
     *("compute.attention", "compute.remat", "compute.loss_chunk", "loop", "micro_batches"),
-    *("mesh", "out", "resume", "dry_run", "json"),
+    *("checkpoint", "data.sources", "data.eval_dialogues", "mesh", "out", "resume", "dry_run", "json"),
 )
 
 
@@ -112,6 +116,7 @@ class Run:
     """A configuration with what its checkpoint and its data turned out to be."""
 
     config: SFTConfig
+    checkpoint: Path
     model: LlamaConfig
     tokenizer: Tokenizer
     loaded: Loaded
@@ -139,6 +144,8 @@ def run(config: SFTConfig) -> None:
     with jax.set_mesh(mesh):
         prepared = prepare(config, mesh)
         say(str(prepared.loaded))
+        if config.data.held_out and not len(prepared.loaded.held_out):
+            say("so few dialogues leave none to measure the loss on; --data.held-out 0.1 keeps a tenth of them back")
         if config.dry_run:
             show(prepared, compile_step(prepared)[1])
             return
@@ -146,8 +153,12 @@ def run(config: SFTConfig) -> None:
         make_folder(folder)
         checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
         try:
-            decisive = without(config, FREE_TO_CHANGE) | {"tokenizer": prepared.tokenizer.sha256}
-            open_run(folder, "sft", config, decisive, prepared.tokenizer, checkpoints)
+            decisive = without(config, FREE_TO_CHANGE) | {
+                "checkpoint": str(prepared.checkpoint),
+                "tokenizer": prepared.tokenizer.sha256,
+                "dialogues": fingerprint(prepared.loaded.train),
+            }
+            open_run(folder, "sft", config, decisive, prepared.tokenizer, checkpoints, config.resume)
             metadata = {"recipe": decisive} | (adapters_metadata(prepared) if prepared.is_lora else {})
 
             def save(state: TrainState, cursor: RowCursor) -> None:
@@ -156,7 +167,7 @@ def run(config: SFTConfig) -> None:
             train(prepared, checkpoints, save)
         finally:
             checkpoints.close()
-    say(f"done: {folder}; try: llama-jax chat {folder}")
+    say(f"done: {folder}{improvement(folder)}; try: llama-jax chat {folder}{' --plain' if config.plain else ''}")
 
 
 def prepare(config: SFTConfig, mesh: Mesh) -> Run:
@@ -171,7 +182,8 @@ def prepare(config: SFTConfig, mesh: Mesh) -> Run:
         raise UserError("--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora")
     if config.int8 and config.nf4:
         raise UserError("--int8 and --nf4 were both given; the frozen weights have 8 bits or 4")
-    opened = open_source(config.checkpoint)
+    checkpoint = pinned(config.checkpoint)
+    opened = open_source(checkpoint)
     if TOKENIZER not in opened.assets:
         raise UserError(f"{config.checkpoint} has no {TOKENIZER}; copy the model's own beside its weights")
     tokenizer = Tokenizer(opened.assets[TOKENIZER], f"{config.checkpoint}/{TOKENIZER}")
@@ -184,10 +196,43 @@ def prepare(config: SFTConfig, mesh: Mesh) -> Run:
     template: Template = Plain() if config.plain else Llama2Chat()
     loaded = load_examples(config.data, tokenizer, template, length)
     packing = Packing(loaded.train, length, config.seed, config.data.weights)
+    check_length(config, packing)
     total_steps = math.ceil(packing.count(config.epochs) / config.rows)
     trained = describe_adapters(opened.config, config.lora) if config.train == "lora" else opened.config
     optimizer = make_optimizer(config.optimizer, trained, total_steps)
-    return Run(config, opened.config, tokenizer, loaded, packing, total_steps, mesh, optimizer)
+    return Run(config, checkpoint, opened.config, tokenizer, loaded, packing, total_steps, mesh, optimizer)
+
+
+def check_length(config: SFTConfig, packing: Packing) -> None:
+    """Checks that there is something to train for, and an epoch in every batch at the most.
+
+    Raises:
+      UserError: a batch would hold dialogues several times, or nothing is asked for.
+    """
+    if config.epochs < 1 or config.rows < 1:
+        raise UserError(f"--epochs {config.epochs} and --rows {config.rows} must both be 1 or more")
+    rows = len(packing.epoch(0))
+    if rows < config.rows:
+        raise UserError(
+            f"the dialogues fill {rows} rows of {packing.length} tokens, and a batch has {config.rows}: it would hold "
+            f"them several times; try --rows {max(rows // 8, 1)}, or shorter rows with --length"
+        )
+
+
+def fingerprint(examples: Examples) -> str:
+    """A number that depends on every token of the examples, their order, and which are trained."""
+    digest = hashlib.sha256()
+    for part in (examples.ids, examples.answer_mask, examples.starts):
+        digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()
+
+
+def improvement(folder: Path) -> str:
+    """What the held-out loss was at first and at last, as a run's metrics have it; nothing if they do not."""
+    if jax.process_index() != 0:
+        return ""  # the one process that wrote them reads them, and speaks
+    losses = [record["eval/loss"] for record in read_metrics(folder) if "eval/loss" in record]
+    return f"; held-out loss {losses[0]:.3f} before, {losses[-1]:.3f} after" if len(losses) > 1 else ""
 
 
 def train(prepared: Run, checkpoints: Checkpoints, save: Callable[[TrainState, RowCursor], None]) -> None:
@@ -211,6 +256,7 @@ def train(prepared: Run, checkpoints: Checkpoints, save: Callable[[TrainState, R
         folder=Path(config.out),
         save=save,
         evaluate=make_evaluation(prepared, frozen),
+        evaluate_first=True,
     )
 
 
@@ -221,7 +267,7 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, Row
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     frozen = None
     if prepared.is_lora:
-        frozen = load_model(config.checkpoint, mesh, config.compute.dtype, int8=config.int8, nf4=config.nf4)[0]
+        frozen = load_model(prepared.checkpoint, mesh, config.compute.dtype, int8=config.int8, nf4=config.nf4)[0]
     if restored := checkpoints.restore_newest(abstract_state):
         state, metadata = restored
         say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
@@ -232,7 +278,7 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, Row
             lambda: steps.new_state(init_adapters(prepared.model, config.lora, key), optimizer), out_shardings=layout
         )
         return fresh(), frozen, RowCursor()
-    model = load_model(config.checkpoint, mesh, "float32")[0]
+    model = load_model(prepared.checkpoint, mesh, "float32")[0]
     adopt = jax.jit(lambda model: steps.new_state(model, optimizer), out_shardings=layout, donate_argnums=0)
     return adopt(model), None, RowCursor()
 
@@ -278,7 +324,8 @@ def make_evaluation(prepared: Run, frozen: Any) -> Callable[[TrainState], dict[s
 
     def batches() -> Iterator[Any]:
         share = share_of_process(mesh, rows)
-        return held_out_answer_batches(examples, length=prepared.packing.length, rows=rows, **share)
+        most = config.data.eval_dialogues
+        return held_out_answer_batches(examples, length=prepared.packing.length, rows=rows, most=most, **share)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         if not len(examples):
@@ -296,7 +343,7 @@ def adapters_metadata(prepared: Run) -> dict[str, Any]:
         "model": dataclasses.asdict(prepared.model),
         "adapters": {
             "lora": dataclasses.asdict(prepared.config.lora),
-            "base": str(locate(prepared.config.checkpoint).resolve()),
+            "base": str(prepared.checkpoint.resolve()),
         },
     }
 

@@ -211,6 +211,22 @@ def find_checkpoints(path: Path) -> list[Path]:
     )
 
 
+def newest_readable(path: Path) -> Path:
+    """Of the checkpoint folders that `path` names the newest whose metadata can be read; the newest if none can.
+
+    Raises:
+      UserError: there is none.
+    """
+    folders = find_checkpoints(path)
+    for folder in reversed(folders):
+        try:
+            read_metadata(folder)
+            return folder
+        except UserError:
+            continue
+    return folders[-1]  # whoever opens it says what is wrong
+
+
 def read_metadata(folder: Path) -> dict:
     """The JSON metadata of one checkpoint folder.
 

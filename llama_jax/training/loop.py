@@ -63,6 +63,7 @@ def fit(
     folder: Path,
     save: Callable[[TrainState, Cursor], None],
     evaluate: Callable[[TrainState], dict[str, float]],
+    evaluate_first: bool = False,
 ) -> TrainState:
     """Trains until `total_steps`, from wherever `state` stands.
 
@@ -82,13 +83,14 @@ def fit(
       folder: the run's folder, for the logs.
       save: starts a checkpoint.
       evaluate: scores of a state, under their log names.
+      evaluate_first: also before the first step, where `loop` asks for evaluations at all.
 
     Raises:
       Diverged: three steps in a row were not finite.
       Preempted: told to stop; the state has been handed to `save`.
     """
     start = int(state.step)
-    log = MetricsLog(folder, start)
+    log = MetricsLog(folder, start or -1)  # a run that begins again has logged nothing, step 0 included
     clock = Clock(model, rows * length, length, start, total_steps)
     pending: tuple[int, StepMetrics] | None = None
 
@@ -96,8 +98,16 @@ def fit(
         if pending is not None:
             record(log, clock, loop, schedule, *pending)
 
+    def score(done: int) -> None:
+        if scored := evaluate(state):
+            log.write(done, scored)
+            say(f"step {done} " + " ".join(f"{name} {value:.4f}" for name, value in scored.items()))
+        clock.restart(done)
+
     try:
         with StopSignal() as stop:
+            if evaluate_first and loop.eval_every and not start:
+                score(0)
             for step in range(start, total_steps):
                 profile(loop, folder, step - start)
                 asked = time.monotonic()
@@ -110,9 +120,7 @@ def fit(
                 if due(loop.eval_every, done, total_steps):
                     report()
                     pending = None
-                    log.write(done, scored := evaluate(state))
-                    say(f"step {done} " + " ".join(f"{name} {value:.4f}" for name, value in scored.items()))
-                    clock.restart(done)
+                    score(done)
                 stopped_by = stop.received(done)
                 if stopped_by or done == total_steps or due(loop.save_every, done, total_steps):
                     report()

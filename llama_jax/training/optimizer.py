@@ -42,13 +42,13 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
       UserError: the warm-up is as long as the run, or longer.
     """
     warmup = max(config.warmup_steps, 1)
-    if total_steps <= warmup:
+    if total_steps <= config.warmup_steps:
         raise UserError(
             f"optimizer.warmup_steps is {config.warmup_steps}, but the whole run has {total_steps} steps; "
-            f"lower --optimizer.warmup-steps (say to {total_steps // 50}) or train on more tokens with --train-tokens"
+            f"lower --optimizer.warmup-steps (say to {total_steps // 50}) or train for longer"
         )
     rise = optax.linear_schedule(config.peak_lr / warmup, config.peak_lr, max(warmup - 1, 1))
-    fall = optax.cosine_decay_schedule(config.peak_lr, total_steps - warmup, alpha=config.final_lr_ratio)
+    fall = optax.cosine_decay_schedule(config.peak_lr, max(total_steps - warmup, 1), alpha=config.final_lr_ratio)
     return optax.join_schedules([rise, fall], [warmup - 1])
 
 

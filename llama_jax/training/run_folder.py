@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -13,27 +13,34 @@ from llama_jax.training.checkpoint import Checkpoints, installed_versions
 
 
 def open_run(
-    folder: Path, stage: str, config: Any, decisive: dict[str, Any], tokenizer: Tokenizer, checkpoints: Checkpoints
+    folder: Path,
+    stage: str,
+    config: Any,
+    decisive: dict[str, Any],
+    tokenizer: Tokenizer,
+    checkpoints: Checkpoints,
+    resume: Literal["auto", "never", "must"],
 ) -> None:
     """Checks what an earlier run left in the folder, and writes config.json and tokenizer.model.
 
     Args:
       folder: of the run.
       stage: its name, such as "pretrain".
-      config: the stage's config, with a field `resume`.
+      config: the stage's config.
       decisive: what of the recipe must not change when the run goes on; see `without`.
       tokenizer: of the run.
       checkpoints: those in the folder.
+      resume: whether to go on with what is there: if there is something; never; or fail without it.
 
     Raises:
-      UserError: what is there goes against `config.resume`, or was begun with another recipe.
+      UserError: what is there goes against `resume`, or was begun with another recipe.
     """
     found = checkpoints.newest_metadata()
-    if config.resume == "never" and found:
+    if resume == "never" and found:
         raise UserError(
             f"{folder} holds a run at step {checkpoints.steps()[-1]}; name another --out, or go on with --resume auto"
         )
-    if config.resume == "must" and not found:
+    if resume == "must" and not found:
         raise UserError(f"--resume must, but {checkpoints.folder} holds no checkpoint; --resume auto begins one")
     if found and (changes := differences(found["recipe"], decisive)):
         raise UserError(

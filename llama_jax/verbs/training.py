@@ -1,5 +1,6 @@
 """The verbs that train, and those that make what is trained on: pretrain, sft, ghost-attention."""
 
+import re
 from collections.abc import Sequence
 
 from llama_jax.errors import UserError
@@ -52,8 +53,7 @@ Examples:
         raise UserError("name the model first: llama-jax sft CHECKPOINT --data FILE.jsonl (llama-jax sft --help)")
     is_recipe = argv[0].endswith(".py") or argv[0] in [path.stem for path in list_recipes()]
     config = load_recipe(argv[0], SFTConfig) if is_recipe else SFTConfig(checkpoint=argv[0])
-    flags = ["--data.sources" if word == "--data" else word for word in argv[1:]]
-    run(config_with_flags(config, f"sft {argv[0]}", text, flags))
+    run(config_with_flags(config, f"sft {argv[0]}", text, _with_sources(argv[1:])))
 
 
 def ghost_attention(argv: Sequence[str]) -> None:
@@ -78,5 +78,10 @@ Examples:
         raise UserError(
             "name the model first: llama-jax ghost-attention CHECKPOINT --data FILE.jsonl (llama-jax ghost-attention --help)"
         )
-    flags = ["--data.sources" if word == "--data" else word for word in argv[1:]]
-    run(config_with_flags(GhostAttentionConfig(checkpoint=argv[0]), f"ghost-attention {argv[0]}", text, flags))
+    config = GhostAttentionConfig(checkpoint=argv[0])
+    run(config_with_flags(config, f"ghost-attention {argv[0]}", text, _with_sources(argv[1:])))
+
+
+def _with_sources(flags: Sequence[str]) -> list[str]:
+    """The flags with --data, alone or with = behind it, in full: --data.sources."""
+    return [re.sub("^--data(?==|$)", "--data.sources", flag) for flag in flags]

@@ -151,7 +151,7 @@ def test_adapters_leave_and_come_back_in_pefts_form(full, adapted, tmp_path, cap
     assert not verify(tmp_path / "peft", full).within(1e-2)
     config = tmp_path / "peft" / "adapter_config.json"
     fields = json.loads(config.read_text())
-    assert fields["base_model_name_or_path"] == str(full)
+    assert fields["base_model_name_or_path"] == str(newest(full))
     config.write_text(json.dumps(fields | {"base_model_name_or_path": str(tmp_path / "hf")}))
     assert answers(tmp_path / "peft") == OTHERS
     capsys.readouterr()
@@ -169,7 +169,7 @@ def test_adapters_without_their_model_are_no_model(full, adapted, capsys):
         assert cli.main(["generate", str(adapted), "x"]) == 2
     finally:
         shutil.move(moved, full)
-    assert f"adapters for the model {full}, which is not there" in capsys.readouterr().err
+    assert f"adapters for the model {newest(full)}, which is not there" in capsys.readouterr().err
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(base, data, cache, tmp_path):
@@ -233,6 +233,9 @@ def test_a_dry_run_shows_what_is_trained_and_touches_nothing(base, data, tmp_pat
     [
         (("--int8",), "--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora"),
         (("--int8", "--nf4", "--train", "lora"), "--int8 and --nf4 were both given"),
+        (("--rows", "64"), "the dialogues fill"),
+        (("--epochs", "0"), "--epochs 0 and --rows 8 must both be 1 or more"),
+        (("--data=nowhere.jsonl",), "nowhere.jsonl"),
         (("--length", "65"), "--length 65 is more than the model's context of 64 tokens"),
         (("--micro-batches", "3"), "--micro-batches 3 does not divide the 8 rows"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
@@ -249,3 +252,54 @@ def test_bad_input(base, data, tmp_path, capsys, more, message):
 def test_a_model_must_be_named(capsys):
     assert cli.main(["sft", "--data", "x.jsonl"]) == 2
     assert "name the model first" in capsys.readouterr().err
+
+
+def test_data_must_be_named_and_hold_something(base, tmp_path, capsys):
+    assert cli.main(["sft", str(base), "--out", str(tmp_path / "run")]) == 2
+    assert "No dialogues. Set --data.sources" in capsys.readouterr().err
+    (tmp_path / "empty.jsonl").touch()
+    assert cli.main(words(base, tmp_path / "empty.jsonl", tmp_path / "run", "--rows", "8")) == 2
+    assert "empty.jsonl" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_held_out_loss_is_known_before_and_after(base, data, cache, tmp_path):
+    flags = ["--data.held-out", "0.3", "--epochs", "4", "--loop.eval-every", "1000", "--optimizer.peak-lr", "4e-3"]
+    code, _, err = finish(start(words(base, data, tmp_path / "run", *flags), cache))
+    assert code == 0, err
+    scored = [(r["step"], r["eval/loss"]) for r in learned(tmp_path / "run") if "eval/loss" in r]
+    steps = max(record["step"] for record in learned(tmp_path / "run"))
+    assert [step for step, _ in scored] == [0, steps] and scored[1][1] < 0.9 * scored[0][1]
+    assert f"held-out loss {scored[0][1]:.3f} before, {scored[1][1]:.3f} after" in err
+    assert err.index("step 0 eval/loss") < err.index("step 1/")
+
+
+def test_one_step_is_a_run_and_nothing_held_out_is_said(base, data, cache, tmp_path):
+    """Of six different dialogues a hundredth is none: there is no loss to show, and no empty line in its place."""
+    flags = ["--data.held-out", "0.01", "--epochs", "1", "--rows", "8", "--loop.eval-every", "1"]
+    code, _, err = finish(start(words(base, data, tmp_path / "run", *flags), cache))
+    assert code == 0, err
+    assert "--data.held-out 0.1 keeps a tenth of them back" in err and "held-out loss" not in err
+    assert not [line for line in err.splitlines() if line.strip() in ("step 0", "step 1")]
+    assert not [record for record in learned(tmp_path / "run") if len(record) == 1]
+
+
+def test_a_run_goes_on_with_the_dialogues_and_the_model_it_began_with(base, full, data, cache, tmp_path, capsys):
+    copy, run = tmp_path / "copy.jsonl", tmp_path / "run"
+    copy.write_bytes(data.read_bytes())
+    model = tmp_path / "model"
+    shutil.copytree(full, model)
+    flags = ["--epochs", "1", "--rows", "8", "--train", "lora", "--loop.log-every", "0"]
+    assert finish(start(words(model, copy, run, *flags), cache))[0] == 0
+    copy.rename(copy.with_name("moved.jsonl"))
+    assert cli.main(words(model, copy.with_name("moved.jsonl"), run, *flags, "--resume", "must")) == 0
+    began_with = newest(model)
+    shutil.copytree(began_with, began_with.with_name("1000"))
+    capsys.readouterr()
+    assert cli.main(words(model, copy.with_name("moved.jsonl"), run, *flags)) == 2
+    assert f"checkpoint: {began_with} there, {began_with.with_name('1000')} here" in capsys.readouterr().err
+    assert read_adapters(newest(run))[2] == str(
+        began_with
+    )  # which the adapters belong to, whatever the run has done since
+    copy.write_text(data.read_text().replace("blue", "grey"))
+    assert cli.main(words(began_with, copy, run, *flags)) == 2
+    assert "dialogues: " in capsys.readouterr().err

@@ -36,6 +36,10 @@ def test_learning_rate_rises_over_2000_steps_and_ends_at_a_tenth(peak):
         assert float(schedule(step)) == pytest.approx(rate, rel=1e-6, abs=peak * 1e-7), step
 
 
+def test_a_run_of_one_step_takes_it_at_the_peak():
+    assert float(learning_rate(OptimizerConfig(peak_lr=1.0, warmup_steps=0), 1)(0)) == pytest.approx(1.0)
+
+
 def test_the_shortest_runs_end_at_a_tenth_too():
     for warmup, total in ((0, 2), (1, 2), (2, 3)):
         schedule = learning_rate(OptimizerConfig(peak_lr=1.0, warmup_steps=warmup), total)
