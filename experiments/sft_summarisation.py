@@ -17,11 +17,10 @@ from experiments.sft_domain_qa import example
 config = replace(
     parent,
     data=example("summarisation"),
-    # The whole context: a text that does not fit with its summary is left out, and counted, rather than cut.
+    # The whole context: a text that does not fit with its summary is left out, and counted, rather than cut. A row
+    # holds two or three long texts and fills a small card by itself: from some hundred texts on, --rows 8
+    # --micro-batches 8 makes batches of eight rows that are read one after the other.
     length=4096,
-    # A row is one or two long texts, so a batch is four rows, read one after the other to fit 16 GB.
-    rows=4,
-    micro_batches=4,
     # The text says what to write and only the form is new: as few passes as a large file needs, half the rate.
     epochs=3,
     optimizer=replace(parent.optimizer, peak_lr=1e-4),
