@@ -15,8 +15,8 @@ class Reply(NamedTuple):
 
     text: str
     """Without white space around it, and up to the first of the template's tags, as in a conversation."""
-    ended: Literal["whole", "too long", "no room"]
-    """Whether the model ended it, or max_new_tokens did, or there was no room in the context for so many tokens."""
+    ended: Literal["whole", "empty", "too long", "no room"]
+    """Whether the model ended it, at once or not, or max_new_tokens did; or the context had no room for so many tokens."""
 
 
 def reply_to(
@@ -46,15 +46,17 @@ def reply_to(
     room = llama.model.config.context_length - max_new_tokens
     fitting = [number for number, ids in enumerate(prompts) if len(ids) <= room]
     replies = [Reply("", "no room")] * len(prompts)
+    # Filled up with the first again, so that few sizes of a batch are compiled, and nothing ends later than without.
+    rows = fitting + fitting[:1] * ((1 << max(0, len(fitting) - 1).bit_length()) - len(fitting))
     completions = llama.generate(
-        [prompts[number] for number in fitting],
+        [prompts[number] for number in rows],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        seed=[seeds[number] for number in fitting],
+        seed=[seeds[number] for number in rows],
     )
-    for number, completion in zip(fitting, completions, strict=True):
+    for number, completion in zip(fitting, completions[: len(fitting)], strict=True):
         is_whole = completion.finish_reason == "eos" or any(tag in completion.text for tag in template.tags)
         text = "".join(spoken(iter([completion.text]), template.tags))
-        replies[number] = Reply(text, "whole" if is_whole else "too long")
+        replies[number] = Reply(text, "too long" if not is_whole else "whole" if text else "empty")
     return replies

@@ -39,7 +39,7 @@ from llama_jax.data.questions import QuestionsConfig, read_questions
 from llama_jax.errors import Preempted, UserError
 from llama_jax.generation.lists import write_list
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.replies import Reply, reply_to
+from llama_jax.generation.replies import reply_to
 from llama_jax.text.chat import Dialogue, Llama2Chat, Message, Plain, Template
 from llama_jax.training.checkpoint import find_checkpoints, installed_versions
 from llama_jax.training.metrics import format_duration, say
@@ -178,10 +178,9 @@ def run(config: GhostAttentionConfig, *, samples: int = 1, score: Score | None =
         join([prepared.part(first) for first in parts], folder / DIALOGUES)
     for first in parts:
         prepared.part(first).unlink(missing_ok=True)
-    flags = " --plain" if config.plain else ""
     say(
         f"done: {folder / DIALOGUES}; train on it: llama-jax sft {config.checkpoint} --data {folder / DIALOGUES} "
-        f"--data.answers last{flags} --out {folder}-sft"
+        f"--data.answers last{' --plain' * config.plain} --out {folder}-sft"
     )
 
 
@@ -286,11 +285,12 @@ def answer(prepared: Prepared, llama: Llama, dialogues: Sequence[Growing]) -> No
         )
     for at, dialogue in enumerate(dialogues):
         own = range(at * samples, (at + 1) * samples)
-        best = max(own, key=lambda i: (_use(replies[i]) == "whole", scores[i]))
-        if (use := _use(replies[best])) == "whole":
-            dialogue.replies.append(replies[best].text)
-        if use != "whole" or len(dialogue.replies) == len(dialogue.questions):
-            dialogue.ended = use
+        best = max(own, key=lambda i: (replies[i].ended == "whole", scores[i]))
+        text, ended = replies[best]
+        if ended == "whole":
+            dialogue.replies.append(text)
+        if ended != "whole" or len(dialogue.replies) == len(dialogue.questions):
+            dialogue.ended = ended
 
 
 def join(parts: Sequence[Path], path: Path) -> None:
@@ -344,11 +344,6 @@ def show(prepared: Prepared) -> None:
                 f"{role}: {text}" for role, text in for_training(instruction, questions, unknown, config.as_system)
             )
         )
-
-
-def _use(reply: Reply) -> str:
-    """ "whole" for a reply that can be trained on, or why it cannot."""
-    return "empty" if reply.ended == "whole" and not reply.text else reply.ended
 
 
 def _line(row: dict[str, Any]) -> str:
