@@ -214,7 +214,14 @@ def _read_row(row: dict, shape: Shape) -> Dialogue:
         raise BadDialogue(
             "another shape", f"the row has the fields {fields}, expected {shape.name}: {shape.description}"
         )
-    messages = [Message(role, _text(content)) for role, content in shape.read(row)]
+    return checked_messages(shape.read(row))
+
+
+def checked_messages(messages: list[Message]) -> Dialogue:
+    """The messages as a dialogue, without an empty system message; raises BadDialogue for one that is no text, too long
+    or empty.
+    """
+    messages = [Message(role, _text(content)) for role, content in messages]
     for number, (role, content) in enumerate(messages):
         if len(content) > LONGEST_MESSAGE:
             raise BadDialogue(
@@ -249,7 +256,8 @@ def _turns(row: dict) -> list[dict] | None:
     return None
 
 
-def _read_messages(row: dict) -> list[Message]:
+def read_messages(row: dict) -> list[Message]:
+    """The turns of a row's `messages`, `conversations` or `chosen`; raises BadDialogue for an unknown role."""
     messages = []
     for turn in _turns(row) or []:
         name = turn.get("role", turn.get("from"))
@@ -289,7 +297,8 @@ def _transcript(row: dict) -> str | None:
     return None
 
 
-def _read_transcript(row: dict) -> list[Message]:
+def read_transcript(row: dict) -> list[Message]:
+    """The turns of a transcript in a row's `chosen` or `text`; none if it is no transcript."""
     parts = _TURN.split(_transcript(row) or "")[1:]
     return [
         Message("user" if name == "Human" else "assistant", text.strip())
@@ -302,7 +311,7 @@ SHAPES = (
         "messages",
         "`messages` or `conversations`, a list of turns with role and content, or from and value",
         lambda row: _turns(row) is not None,
-        _read_messages,
+        read_messages,
     ),
     Shape(
         "instruction",
@@ -320,6 +329,6 @@ SHAPES = (
         "transcript",
         "`chosen` (or `text`), turns that begin with Human: and Assistant: after an empty line",
         lambda row: _transcript(row) is not None,
-        _read_transcript,
+        read_transcript,
     ),
 )
