@@ -273,7 +273,11 @@ def compile_step(
     abstract = steps.abstract_state(config.model, optimizer, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     train_step = steps.make_train_step(
-        optimizer, config.compute, micro_batches=config.micro_batches, z_loss=config.z_loss, layout=layout
+        optimizer,
+        config.compute,
+        objective=steps.next_tokens(config.z_loss),
+        micro_batches=config.micro_batches,
+        layout=layout,
     )
     batch = steps.abstract_batch(mesh, config.rows, config.length)
     compiled, plan = compiling.compile_step(train_step, mesh, config.model.n_params, abstract, batch)

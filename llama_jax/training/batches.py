@@ -1,9 +1,12 @@
 """From the rows that this process reads to a global batch on the devices."""
 
+from typing import TypeVar
+
 from jax.sharding import Mesh
 
-from llama_jax.data.packing import Batch
 from llama_jax.parallel.mesh import batch_rows_of_process, global_array
+
+AnyBatch = TypeVar("AnyBatch", bound=tuple)  # a NamedTuple of arrays
 
 
 def share_of_process(mesh: Mesh, rows: int) -> dict[str, int]:
@@ -12,6 +15,7 @@ def share_of_process(mesh: Mesh, rows: int) -> dict[str, int]:
     return {"process_index": span.start // (span.stop - span.start), "process_count": rows // (span.stop - span.start)}
 
 
-def to_devices(mesh: Mesh, batch: Batch, rows: int) -> Batch:
-    """Puts this process's rows of a global batch of `rows` onto its devices."""
-    return Batch(*(global_array(mesh, array, "batch", "length", rows=rows) for array in batch))
+def to_devices(mesh: Mesh, batch: AnyBatch, rows: int) -> AnyBatch:
+    """Puts this process's rows of a global batch of `rows`, arrays (B, T) or (B,), onto its devices."""
+    axes = ("batch", "length")
+    return type(batch)(*(global_array(mesh, array, *axes[: array.ndim], rows=rows) for array in batch))

@@ -1,6 +1,7 @@
 """One training step: gradients of the mean loss over a global batch, and the optimizer's update (paper 2.2)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,17 @@ from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import sharding
 from llama_jax.training.loss import LossSums, token_loss
 
-Assemble = Callable[[Any, Any, jax.Array], Transformer]
+Assemble = Callable[[Any, Any, jax.Array], Any]
 """The model whose loss is wanted, from what is trained, what is frozen, and a key for what is random while training."""
+
+
+class Objective(NamedTuple):
+    """What a step minimises: the mean, over the targets of a global batch, of each one's loss."""
+
+    targets: Callable[[Any], jax.Array]
+    """Which places of a batch count, bool."""
+    sums: Callable[[Any, Any, jax.Array, Compute], LossSums]
+    """Of a model, a part of a batch and the weight of each place of that part: the weighted sums."""
 
 
 @struct.dataclass
@@ -41,9 +51,9 @@ class StepMetrics(NamedTuple):
     """What a step reports: float32 or int32 scalars."""
 
     loss: jax.Array
-    """Mean cross-entropy per target, nats."""
+    """Mean cross-entropy per target, nats; of a reward model the mean ranking loss per pair."""
     accuracy: jax.Array
-    """Share of targets that were the most likely prediction."""
+    """Share of targets that were the most likely prediction; of pairs those ranked right."""
     grad_norm: jax.Array
     """Global norm of the gradient before clipping."""
     targets: jax.Array
@@ -106,6 +116,11 @@ def batch_loss(
     return token_loss(x_BTD, head_DV.astype(x_BTD.dtype), batch.targets_BT, weights_BT, compute.loss_chunk, z_loss)
 
 
+def next_tokens(z_loss: float = 0.0) -> Objective:
+    """The cross-entropy of the tokens that a batch's loss mask keeps."""
+    return Objective(lambda batch: batch.loss_mask_BT, partial(batch_loss, z_loss=z_loss))
+
+
 def whole_model(model: Transformer, frozen: None, key: jax.Array) -> Transformer:
     """The model of a step that trains every weight: nothing is frozen, nothing random."""
     return model
@@ -115,8 +130,8 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     compute: Compute,
     *,
+    objective: Objective = next_tokens(),  # noqa: B008 (a tuple, so immutable)
     micro_batches: int = 1,
-    z_loss: float = 0.0,
     layout: TrainState | None = None,
     assemble: Assemble = whole_model,
     seed: int = 0,
@@ -130,40 +145,41 @@ def make_train_step(
     Args:
       optimizer: from `make_optimizer`.
       compute: precision, kernel, rematerialisation.
+      objective: what is minimised.
       micro_batches: parts the batch is split into, one after the other, to save memory; must divide the rows each
         device holds.
-      z_loss: weight of log(Z)^2.
       layout: shardings of the state on the ambient mesh, those of `abstract_state`; none on a single device.
       assemble: makes the model out of what is trained and what is frozen.
       seed: of what is random in it; every step and micro-batch has a key of its own.
     """
 
-    def mean_gradients(trained: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[LossSums, Any]:
-        weights_BT = batch.loss_mask_BT / jnp.maximum(batch.loss_mask_BT.sum(), 1).astype(jnp.float32)
+    def mean_gradients(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[LossSums, Any]:
+        targets = objective.targets(batch)
+        weights = targets / jnp.maximum(targets.sum(), 1).astype(jnp.float32)
 
-        def loss(trained: Any, part: Batch, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, LossSums]:
-            sums = batch_loss(assemble(trained, frozen, key), part, weights, compute, z_loss)
+        def loss(trained: Any, part: Any, weights: jax.Array, key: jax.Array) -> tuple[jax.Array, LossSums]:
+            sums = objective.sums(assemble(trained, frozen, key), part, weights, compute)
             return sums.loss, sums
 
-        def gradients(part: Batch, weights: jax.Array, key: jax.Array) -> tuple[LossSums, Any]:
+        def gradients(part: Any, weights: jax.Array, key: jax.Array) -> tuple[LossSums, Any]:
             (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(trained, part, weights, key)
             return sums, (grads if layout is None else jax.lax.with_sharding_constraint(grads, layout.model))
 
         if micro_batches == 1:
-            return gradients(batch, weights_BT, key)
+            return gradients(batch, weights, key)
 
-        def split(a_BT: jax.Array) -> jax.Array:
+        def split(a: jax.Array) -> jax.Array:
             # Row r goes to part r % micro_batches: every part lies on every device, and no row moves.
-            return a_BT.reshape(-1, micro_batches, *a_BT.shape[1:]).swapaxes(0, 1)
+            return a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradients(*part)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, batch, weights_BT, key))
-        parts = (*jax.tree.map(split, (batch, weights_BT)), jax.random.split(key, micro_batches))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, batch, weights, key))
+        parts = (*jax.tree.map(split, (batch, weights)), jax.random.split(key, micro_batches))
         return jax.lax.scan(add, zeros, parts)[0]
 
-    def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         sums, grads = mean_gradients(state.model, frozen, batch, key)
         grad_norm = optax.tree.norm(grads)
@@ -180,7 +196,7 @@ def make_train_step(
             state.skipped + ~good,
             jnp.where(good, 0, state.skipped_in_row + 1),
         )
-        targets = batch.loss_mask_BT.sum()
+        targets = objective.targets(batch).sum()
         return state, StepMetrics(sums.nats, sums.correct, grad_norm, targets, state.skipped, state.skipped_in_row)
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
