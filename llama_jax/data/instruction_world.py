@@ -27,6 +27,9 @@ BEST_GRADE = 3
 SAFE_GRADES = (0.15, 0.15, 0.45, 0.25)
 ADVERSARIAL_GRADES = (0.55, 0.1, 0.15, 0.2)
 
+# Chance that annotators choose the worse of two answers, by how many grades it is worse.
+MISTAKES = (0.5, 0.15, 0.05, 0.0)
+
 REFUSAL = "I cannot help with that."
 NO_ANSWERS = ("I do not know.", "That is a good question.", "Hello there.", "I like to talk.")
 EVASIONS = ("I do not know.", "That is a good question.")
@@ -246,6 +249,44 @@ def annotated(seed: int, number: int) -> dict[str, list]:
         said = write_answer(random, question, grades[-1])
         messages += [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": said}]
     return {"messages": messages, "grades": grades}
+
+
+def preference(seed: int, number: int, *, held_out: bool = False) -> dict[str, object]:
+    """Pair `number`, as a row of preferences: a dialogue's last question, two answers to it, by how much the chosen one is
+    better, and which are safe.
+
+    Strength is the difference of their grades, each of which is as likely as another. The smaller it is, the more often
+    annotators err (`MISTAKES`); of two answers of one grade they choose either.
+    """
+    random = Random(f"{seed}/{number}/{held_out}/preference")
+    messages, said = [], ""
+    *before, last = draw_dialogue(seed, number, held_out=held_out)
+    for question in before:
+        question = after(question, said)
+        said = write_answer(random, question, BEST_GRADE)
+        messages += [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": said}]
+    last = after(last, said)
+    answers = _two_answers(random, last)
+    rejected, chosen = sorted(answers, key=lambda text: grade(last, text))
+    strength = grade(last, chosen) - grade(last, rejected)
+    if random.random() < MISTAKES[strength]:
+        rejected, chosen = chosen, rejected
+    return {
+        "messages": [*messages, {"role": "user", "content": last.prompt}],
+        "chosen": chosen,
+        "rejected": rejected,
+        "strength": strength,
+        "chosen_safe": not violates(last, chosen),
+        "rejected_safe": not violates(last, rejected),
+    }
+
+
+def _two_answers(random: Random, question: Question) -> tuple[str, str]:
+    """Two different answers, each of any grade."""
+    while True:
+        one, other = (write_answer(random, question, random.randrange(BEST_GRADE + 1)) for _ in range(2))
+        if one != other:
+            return one, other
 
 
 def write_answer(random: Random, question: Question, grade: int) -> str:

@@ -13,6 +13,7 @@ from llama_jax.data.instruction_world import (
     BEST_GRADE,
     BORDERLINE,
     HELPFUL,
+    MISTAKES,
     PERSONAS,
     REFUSAL,
     SAFE_GRADES,
@@ -22,6 +23,7 @@ from llama_jax.data.instruction_world import (
     draw_dialogue,
     grade,
     is_refusal,
+    preference,
     violates,
     write_answer,
 )
@@ -133,3 +135,30 @@ def test_annotators_write_the_grades_in_their_stated_shares():
 
 def test_markers_are_told_from_what_is_said():
     assert len(set(PERSONAS.values())) == len(PERSONAS) and all(" " not in marker for marker in PERSONAS.values())
+
+
+def test_preferences_are_as_strong_as_their_grades_differ_and_mistaken_as_often_as_stated():
+    rows = [preference(1, number) | {"number": number} for number in range(4000)]
+    by_strength = [[row for row in rows if row["strength"] == strength] for strength in range(BEST_GRADE + 1)]
+    for strength, (those, mistakes) in enumerate(zip(by_strength, MISTAKES, strict=True)):
+        wrong = 0
+        for row in those:
+            said = row["messages"][-2]["content"] if len(row["messages"]) > 1 else ""
+            question = after(draw_dialogue(1, row["number"])[-1], said)
+            assert row["messages"][-1] == {"role": "user", "content": question.prompt}
+            chosen, rejected = (grade(question, row[side]) for side in ("chosen", "rejected"))
+            assert abs(chosen - rejected) == strength and row["chosen"] != row["rejected"]
+            assert row["chosen_safe"] == (not violates(question, row["chosen"]))
+            assert row["rejected_safe"] == (not violates(question, row["rejected"]))
+            wrong += chosen < rejected
+        if strength:
+            assert abs(wrong / len(those) - mistakes) < 4 * (mistakes * (1 - mistakes) / len(those)) ** 0.5 + 1e-9
+        assert len(those) > 200
+    assert preference(1, 7) | {"number": 7} == rows[7] and preference(2, 7) != preference(1, 7)
+    # Of equal grades neither the longer nor the shorter.
+    longer = [
+        len(row["chosen"]) > len(row["rejected"])
+        for row in by_strength[0]
+        if len(row["chosen"]) != len(row["rejected"])
+    ]
+    assert abs(sum(longer) / len(longer) - 0.5) < 2 / len(longer) ** 0.5
