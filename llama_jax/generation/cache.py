@@ -4,6 +4,8 @@ One buffer for all layers, so that a step writes once (on a CPU one for each, se
 length, and slots beyond it are never read.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +31,37 @@ class Cache(NamedTuple):
     v_LBKSH: jax.Array | tuple[jax.Array, ...]
     length_B: jax.Array
 
+    @property
+    def slots(self) -> int:
+        """How many tokens fit in a row."""
+        return jax.tree.leaves(self.k_LBKSH)[0].shape[3]
+
+
+@dataclass
+class Kept:
+    """What one generation leaves to the next: the tokens of a single row, and the cache that holds them; empty at first."""
+
+    ids: list[int] = field(default_factory=list)
+    cache: Cache | None = None
+
+    def take(self, ids: Sequence[int]) -> tuple[Cache | None, int]:
+        """Gives away the cache, cut to what `ids` begins with, and how many tokens that are; None and 0 if there is none.
+
+        The last of `ids` is always left to be read, for the logits behind it.
+        """
+        cache, self.cache = self.cache, None
+        if cache is None:
+            return None, 0
+        pairs = enumerate(zip(self.ids, ids[:-1], strict=False))
+        same = next((n for n, (ours, theirs) in pairs if ours != theirs), min(len(self.ids), len(ids) - 1))
+        same = min(same, int(cache.length_B[0]))
+        return cache._replace(length_B=jnp.full_like(cache.length_B, same)), same
+
+    def put(self, ids: list[int], cache: Cache) -> None:
+        """Keeps a cache whose first slots hold `ids`, unless an interrupt came while it was given away."""
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+            self.ids, self.cache = ids, cache
+
 
 @partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "apart"))
 def init_cache(config: LlamaConfig, rows: int, slots: int, dtype: Any, apart: bool = False) -> Cache:
@@ -48,6 +81,17 @@ def init_cache(config: LlamaConfig, rows: int, slots: int, dtype: Any, apart: bo
         return buffers if apart else buffers[0]
 
     return Cache(zeros(), zeros(), constrain(jnp.zeros(rows, jnp.int32), "batch"))
+
+
+@partial(jax.jit, static_argnames="slots")
+def widen(cache: Cache, slots: int) -> Cache:
+    """The same with more slots."""
+
+    def wider(x_LBKSH: jax.Array) -> jax.Array:
+        added = ((0, 0), (0, 0), (0, 0), (0, slots - cache.slots), (0, 0))
+        return constrain(jnp.pad(x_LBKSH, added), *KV_AXES)
+
+    return Cache(*jax.tree.map(wider, (cache.k_LBKSH, cache.v_LBKSH)), cache.length_B)
 
 
 def extend(model: Transformer, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

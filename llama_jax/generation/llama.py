@@ -20,7 +20,7 @@ from llama_jax.conversion.convert import Form
 from llama_jax.conversion.load import load_model
 from llama_jax.conversion.source import Overrides
 from llama_jax.errors import UserError
-from llama_jax.generation.cache import Cache, init_cache
+from llama_jax.generation.cache import Cache, Kept, init_cache, widen
 from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill
 from llama_jax.generation.scoring import Score, rounded_up, score_tokens
 from llama_jax.generation.session import Chat
@@ -126,14 +126,16 @@ class Llama:
         top_p: float = 0.9,
         top_k: int = 0,
         seed: int = 0,
+        kept: Kept | None = None,
     ) -> Iterator[str]:
         """Continues one prompt, piece by piece as the tokens come; the pieces joined are what `generate` gives as text.
 
         A piece never ends inside a character. The prompt is not repeated. Arguments and errors as `generate`; errors are raised at once.
+        What stands in `kept` already, from the stream before, is not read again; that changes no more than rounding.
         """
         sampling = _checked(Sampling(temperature, top_p, top_k))
         ids = self._ids(prompt)
-        chunks = self._draw([ids], [self._budget(ids, max_new_tokens)], sampling, seed, steps=1)
+        chunks = self._draw([ids], [self._budget(ids, max_new_tokens)], sampling, seed, steps=1, kept=kept)
         decoder = self.tokenizer.stream(continues=len(ids) > 1)
 
         def pieces() -> Iterator[str]:
@@ -265,6 +267,7 @@ class Llama:
         sampling: Sampling,
         seed: int | Sequence[int],
         steps: int,
+        kept: Kept | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens and log-probabilities (B, up to `steps`) as they are drawn; `NO_TOKEN` behind a row's end, which EOS is the last token before."""
         B, most = len(prompts), max(budgets)
@@ -273,33 +276,45 @@ class Llama:
         with self._on_mesh():
             spare = -B % ways("batch")  # rows that only make the batch divide over the mesh
             key_B = _row_keys(*_seeds(seed, B, spare))
-            cache, logits_BV = self._read([*prompts, *[[]] * spare], room=max(map(len, prompts)) + most)
+            kept = kept if B + spare == 1 else None
+            cache, logits_BV = self._read([*prompts, *[[]] * spare], max(map(len, prompts)) + most, kept)
             left_B = np.array(budgets + [0] * spare, np.int32)
             state, token_B, log_prob_B = begin(logits_BV, cache, left_B, key_B, sampling, eos_id=self.tokenizer.eos_id)
         ready, drawn = (token_B[:, None], log_prob_B[:, None]), 1
         ended_B = left_B[:B] == 0
-        while ready is not None:
-            following = None
-            if drawn < most:
-                # Dispatched before the last tokens are looked at, so that the device does not wait for the host; once all rows
-                # have ended it returns at once.
-                with self._on_mesh():
-                    state, *following = decode(self.model, state, sampling, self.tokenizer.eos_id, steps)
-                drawn += steps
-            tokens_BT, log_probs_BT = (np.asarray(x)[:B] for x in ready)
-            yield tokens_BT, log_probs_BT
-            ended_B |= ((tokens_BT == NO_TOKEN) | (tokens_BT == self.tokenizer.eos_id)).any(-1)
-            ready = None if ended_B.all() else following
+        seen = list(prompts[0])
+        try:
+            while ready is not None:
+                following = None
+                if drawn < most:
+                    # Dispatched before the last tokens are looked at, so that the device does not wait for the host; once all
+                    # rows have ended it returns at once.
+                    with self._on_mesh():
+                        state, *following = decode(self.model, state, sampling, self.tokenizer.eos_id, steps)
+                    drawn += steps
+                tokens_BT, log_probs_BT = (np.asarray(x)[:B] for x in ready)
+                seen += tokens_BT[0].tolist()
+                yield tokens_BT, log_probs_BT
+                ended_B |= ((tokens_BT == NO_TOKEN) | (tokens_BT == self.tokenizer.eos_id)).any(-1)
+                ready = None if ended_B.all() else following
+        finally:  # also where the reader stops
+            if kept is not None:
+                kept.put(seen, state.cache)
 
-    def _read(self, prompts: list[list[int]], room: int) -> tuple[Cache, jax.Array]:
+    def _read(self, prompts: list[list[int]], room: int, kept: Kept | None = None) -> tuple[Cache, jax.Array]:
         """The prompts in a cache with `room` slots or more, and the logits behind each prompt's last token."""
+        cache, known = kept.take(prompts[0]) if kept is not None else (None, 0)
+        prompts = [ids[known:] for ids in prompts]
         longest = max(map(len, prompts))
         T = min(rounded_up(longest, least=16), PREFILL_CHUNK)
         slots = rounded_up(room, least=64)
         slots = slots * 3 // 4 if room <= slots * 3 // 4 else slots  # every slot is read at every token
         slots = min(slots, self.model.config.context_length)
-        apart = isinstance(self.model.layers, tuple)
-        cache = init_cache(self.model.config, len(prompts), slots, self.dtype, apart)
+        if cache is None:
+            apart = isinstance(self.model.layers, tuple)
+            cache = init_cache(self.model.config, len(prompts), slots, self.dtype, apart)
+        elif cache.slots < slots:
+            cache = widen(cache, slots)
         logits_BV = None
         for start in range(0, longest, T):
             pieces = [ids[start : start + T] for ids in prompts]

@@ -1,7 +1,8 @@
 """A conversation with a model (paper 3.1's chat format): who said what, what of it still fits, and the next answer.
 
-Every answer is that of a fresh generation from the whole conversation as the template encodes it; nothing else is kept
-between turns. Our choices, where the reference says nothing or stops:
+Every answer is that of a fresh generation from the whole conversation as the template encodes it. The keys and values of
+what was said are kept, so that an answer's first word waits for the new message to be read, and for no older one.
+Our choices, where the reference says nothing or stops:
 - An answer is what the model said without the white space around it, and ends where one of the template's tags begins:
   a model that goes on with the user's next turn is cut off, and its conversation stays one that can be encoded.
 - What no longer fits is forgotten from its oldest turn on; the system prompt stays. A quarter of the context, or
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_jax.errors import UserError
+from llama_jax.generation.cache import Kept
 from llama_jax.text.chat import Dialogue, Message, Template, check_dialogue, encode_prompt
 from llama_jax.training.run_folder import write_whole
 
@@ -66,6 +68,7 @@ class Chat:
         llama.stream("", **self._settings)  # computes nothing until it is read, but refuses wrong settings now
         self._turns: list[Turn] = []
         self._drawn = 0
+        self._kept = Kept()
         self.system = system
 
     @property
@@ -164,7 +167,7 @@ class Chat:
         # A seed of 32 bits for each answer, independent of the others'.
         seed = int(np.random.SeedSequence([self._seed & 0xFFFFFFFF, self._drawn]).generate_state(1)[0])
         self._drawn += 1
-        pieces = self.llama.stream(ids, seed=seed, **self._settings)
+        pieces = self.llama.stream(ids, seed=seed, kept=self._kept, **self._settings)
 
         def said() -> Iterator[str]:
             answer = ""

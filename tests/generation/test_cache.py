@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.generation import cache as cache_module
-from llama_jax.generation.cache import Cache, init_cache, write
+from llama_jax.generation.cache import Cache, Kept, extend, init_cache, widen, write
 from llama_jax.generation.sampler import Decoding, Sampling, decode, prefill
 from llama_jax.model import transformer
 from llama_jax.model.transformer import Transformer, abstract, layers_apart
@@ -178,3 +178,28 @@ def test_the_search_for_copies_finds_them(monkeypatch):
         test_the_donated_cache_is_written_in_place("decode 1", apart=False)
     monkeypatch.undo()
     jax.clear_caches()
+
+
+def test_what_is_kept_is_what_both_begin_with_and_the_cache_holds():
+    """The last token drawn is known and not in the cache; and of a prompt that is known whole one token is read again."""
+    filled = init_cache(GQA, rows=1, slots=8, dtype=jnp.float32)._replace(length_B=jnp.array([4]))
+    for ids, same in (
+        ([1, 2, 3, 4, 5, 6], 4),
+        ([1, 2, 3, 4, 5], 4),
+        ([1, 2, 3, 4], 3),
+        ([1, 2, 9, 4, 5], 2),
+        ([9, 2], 0),
+        ([1], 0),
+    ):
+        kept = Kept([1, 2, 3, 4, 5], filled)
+        taken, known = kept.take(ids)
+        assert (known, taken.length_B.tolist()) == (same, [same])
+        assert kept.take(ids) == (None, 0)  # it is with the one who took it
+
+
+def test_a_widened_cache_holds_the_same():
+    filled = init_cache(GQA, rows=1, slots=8, dtype=jnp.float32)
+    _, filled = extend(problem(GQA)[0], jnp.array([[3, 1, 4]]), jnp.array([3]), filled)
+    wide = widen(filled, 12)
+    assert wide.slots == 12 and wide.length_B.tolist() == [3]
+    assert (wide.k_LBKSH[:, :, :, :8] == filled.k_LBKSH).all() and (wide.v_LBKSH[:, :, :, :8] == filled.v_LBKSH).all()

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
+from llama_jax.generation import llama as generation
 from llama_jax.generation.llama import Llama
+from llama_jax.generation.sampler import prefill
 from llama_jax.generation.session import Chat, spoken
 from llama_jax.text.chat import Llama2Chat, Message, Plain
 from tests.generation.scripted import ScriptedLlama
@@ -17,9 +19,8 @@ from tests.parity.numpy_llama import random_weights, to_ours
 TAGS = Llama2Chat().tags
 
 
-@pytest.fixture(scope="module")
-def engine(tokenizer) -> Llama:
-    """Random weights, and a context that holds several turns with their tags, which are bytes to this tokenizer."""
+def make_engine(tokenizer, context_length: int) -> Llama:
+    """Random weights, every token depending on all before it."""
     config = LlamaConfig(
         dim=48,
         n_layers=1,
@@ -28,9 +29,15 @@ def engine(tokenizer) -> Llama:
         ffn_dim=80,
         vocab_size=tokenizer.vocab_size,
         head_dim=12,
-        context_length=160,
+        context_length=context_length,
     )
     return Llama(to_ours(random_weights(config, seed=0), config), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer) -> Llama:
+    """A context that holds several turns with their tags, which are bytes to this tokenizer."""
+    return make_engine(tokenizer, context_length=160)
 
 
 @pytest.fixture
@@ -70,6 +77,46 @@ def test_each_answer_is_a_fresh_generation_of_the_whole(engine):
         assert answers[-1] == fresh
         said.append(fresh)
     assert len(set(answers)) > 1 and chat.forgotten == 0  # not always the same, so that the turns do matter
+
+
+def test_what_was_said_is_not_read_again_and_changes_no_answer(tokenizer, monkeypatch):
+    """Whatever happens between two answers: a stop in the middle of one, another try, another system prompt, a new talk."""
+    engine, settings, read = make_engine(tokenizer, context_length=384), {"temperature": 0, "max_new_tokens": 12}, []
+
+    def counting(model, tokens_BT, count_B, cache):
+        read.append(int(count_B[0]))
+        return prefill(model, tokens_BT, count_B, cache)
+
+    monkeypatch.setattr(generation, "prefill", counting)
+    chat, before = engine.chat("be brief", **settings), []
+
+    def ask(question: str) -> None:
+        """The answer is a fresh one, and nothing is read that the last prompt and this one begin with."""
+        nonlocal before
+        said = [*said_of(chat.history)[bool(chat.system) :], question]
+        prompt = reference_ids(tokenizer, chat.system, *said)
+        fresh = "".join(engine.stream(prompt, **settings)).strip()
+        read.clear()
+        assert chat.send(question) == fresh
+        same = next((n for n, pair in enumerate(zip(before, prompt, strict=False)) if len(set(pair)) > 1), len(before))
+        assert 0 < sum(read) <= len(prompt) - same
+        before = prompt
+
+    ask("the cat")
+    ask("who sat")
+    stopped = chat.stream("by the door")
+    assert next(stopped)
+    stopped.close()
+    ask("on the mat")
+    last = chat.history[-1].content
+    read.clear()
+    assert chat.regenerate() == last and read == [1]
+    chat.system = "be long"
+    ask("so")
+    chat.reset()
+    ask("the dog")
+    chat.system = None
+    ask("the dog")
 
 
 @pytest.mark.parametrize("system", [None, "be brief"])
