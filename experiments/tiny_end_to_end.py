@@ -22,10 +22,10 @@ config = PretrainConfig(
         context_length=256,
     ),
     data=DataConfig(held_out=0.02, eval_documents=50),
-    train_tokens=1_200_000,
-    batch_tokens=8 * 256,
+    train_tokens=1_400_000,
+    batch_tokens=4 * 256,
     optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=60),
     compute=Compute(dtype="float32", remat="none", loss_chunk=64),
-    loop=LoopConfig(log_every=20, eval_every=200, save_every=200),
+    loop=LoopConfig(log_every=20, eval_every=400, save_every=400),
     out="runs/tiny",
 )

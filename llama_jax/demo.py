@@ -1,72 +1,173 @@
-"""The whole pipeline on a laptop: the stages a pod runs, one after the other, on text that every Python carries."""
+"""The whole pipeline on a laptop: the stages a pod runs, one after the other, on data that needs no download."""
 
 import dataclasses
+import json
+import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 
 from llama_jax.conversion.load import load_model
+from llama_jax.data.instruction_world import ADVERSARIAL_GRADES, SAFE_GRADES, annotated, textbook
 from llama_jax.data.pipeline import held_out_documents
 from llama_jax.data.python_corpus import write_python_corpus
 from llama_jax.evaluation.compression import compressor_bits_per_byte
-from llama_jax.evaluation.report import write_report
+from llama_jax.evaluation.instruction_world import Answered, play, scores
+from llama_jax.evaluation.report import plot_shares, table, training_section, write_page
 from llama_jax.generation.llama import Llama
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.recipes import load_recipe
-from llama_jax.stages import pretrain
+from llama_jax.stages import pretrain, sft
 from llama_jax.stages.pretrain import PretrainConfig
+from llama_jax.stages.sft import SFTConfig
 from llama_jax.training.held_out import make_held_out_loss
 from llama_jax.training.metrics import format_duration, say
+from llama_jax.training.run_folder import write_whole
 
 PROMPTS = ("def main(", "The for statement is used to", "import os\n")
+CORPUS, TEXTBOOK, ANNOTATED = "corpus.jsonl", "textbook.jsonl", "annotated.jsonl"
+PAGES, DIALOGUES, QUESTIONED = 3_000, 4_000, 200
 
 
-def run(out: str, *, seed: int = 0, train_tokens: int = 0, dry_run: bool = False) -> None:
-    """Corpus, tokenizer, pretraining, checkpoint, evaluation beside gzip and xz, samples, report.
+def run(out: str, *, seed: int = 0, train_tokens: int = 0, dialogues: int = 0, dry_run: bool = False) -> None:
+    """Corpus, tokenizer, pretraining and fine-tuning on dialogues, each scored on what it never saw, in one report.
 
     Args:
-      out: the run's folder; a demo that was interrupted goes on there.
-      seed: of initialisation and data order.
-      train_tokens: to train on; the recipe's number if 0.
-      dry_run: print the recipe and the memory, and touch nothing.
+      out: the folder; a demo that was interrupted goes on there.
+      seed: of initialisation, data and sampling.
+      train_tokens: to pretrain on; the recipe's number if 0.
+      dialogues: to fine-tune on; 4,000 if 0.
+      dry_run: print the recipe of pretraining and its memory, and touch nothing.
     """
     folder, began = Path(out), time.monotonic()
-    corpus = folder / "corpus.jsonl"
+    pretraining = pretraining_config(folder, seed, train_tokens, dry_run)
+    if dry_run:
+        pretrain.run(pretraining)
+        return
+    write_corpora(folder, seed, dialogues or DIALOGUES)
+    pretrain.run(pretraining)
+    bits = bits_per_byte(pretraining)
+    for name, value in bits.items():
+        say(f"{name:>12}  {value:.3f} bits per byte, held-out documents")
+    fine_tuning = fine_tuning_config(folder, seed)
+    sft.run(fine_tuning)
+    played = {"pretrained": ask(pretraining.out, seed), "SFT": ask(fine_tuning.out, seed)}
+    page = folder / "report.md"
+    write_page(
+        page,
+        "From raw text to answers",
+        [*pretraining_report(pretraining, bits, page), *sft_report(fine_tuning, played, page)],
+    )
+    say(f"report: {page}; in all {format_duration(time.monotonic() - began)}")
+    say(f"talk with it: llama-jax chat {fine_tuning.out}")
+
+
+def pretraining_config(folder: Path, seed: int, train_tokens: int, dry_run: bool) -> PretrainConfig:
+    """The tiny recipe, on the Python corpus and the world's textbook."""
     recipe: PretrainConfig = load_recipe("tiny_end_to_end", PretrainConfig)
-    config = dataclasses.replace(
+    sources = tuple(f"jsonl:{folder / name}" for name in (CORPUS, TEXTBOOK))
+    return dataclasses.replace(
         recipe,
-        data=dataclasses.replace(recipe.data, sources=(f"jsonl:{corpus}",)),
+        data=dataclasses.replace(recipe.data, sources=sources, weights=(0.65, 0.35)),
         train_tokens=train_tokens or recipe.train_tokens,
         sample_prompts=PROMPTS,
+        mesh=mesh_for(recipe.rows),
         seed=seed,
-        out=out,
+        out=str(folder / "pretrain"),
         dry_run=dry_run,
     )
-    if not dry_run and not corpus.exists():
+
+
+def fine_tuning_config(folder: Path, seed: int) -> SFTConfig:
+    """The tiny recipe of fine-tuning, on the world's annotated dialogues."""
+    recipe: SFTConfig = load_recipe("tiny_sft", SFTConfig)
+    return dataclasses.replace(
+        recipe,
+        checkpoint=str(folder / "pretrain"),
+        data=dataclasses.replace(recipe.data, sources=(str(folder / ANNOTATED),)),
+        mesh=mesh_for(recipe.rows),
+        seed=seed,
+        out=str(folder / "sft"),
+    )
+
+
+def mesh_for(rows: int) -> str:
+    """All devices, however many: as many as there is a row for share out the rows, the others split their lengths."""
+    return f"fsdp={math.gcd(rows, jax.device_count())},context=-1"
+
+
+def write_corpora(folder: Path, seed: int, dialogues: int) -> None:
+    """Writes what the stages train on, unless it is there."""
+    if not (folder / CORPUS).exists():
         say("collecting the language reference, the docstrings and the sources of this Python ...")
-        written = write_python_corpus(corpus)
+        written = write_python_corpus(folder / CORPUS)
         say(f"{written.documents} documents, {written.bytes / 1e6:.1f} MB")
-    pretrain.run(config)
-    if dry_run:
-        return
-    scores = evaluate(config)
-    for name, bits in scores.items():
-        say(f"{name:>12}  {bits:.3f} bits per byte, held-out documents")
-    model, tokenizer = load_model(folder)
-    say(f"{PROMPTS[1]} ...")
-    for piece in Llama(model, tokenizer).stream(PROMPTS[1], max_new_tokens=60, temperature=0.6, top_p=0.9, seed=seed):
-        print(piece, end="", flush=True)
-    print()
-    say(f"report: {write_report(folder, scores)}; in all {format_duration(time.monotonic() - began)}")
+    write_rows(folder / TEXTBOOK, ({"text": textbook(seed, number)} for number in range(PAGES)))
+    write_rows(folder / ANNOTATED, (annotated(seed, number) for number in range(dialogues)))
 
 
-def evaluate(config: PretrainConfig) -> dict[str, float]:
-    """Bits per byte of the held-out documents: the newest checkpoint's, restored from disk, and the compressors'."""
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Writes JSON lines, whole."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def bits_per_byte(config: PretrainConfig) -> dict[str, float]:
+    """Of the held-out documents of the Python corpus: the newest checkpoint's, restored from disk, and the compressors'."""
     mesh = make_mesh(config.mesh)
+    data = dataclasses.replace(config.data, sources=config.data.sources[:1], weights=())
     with jax.set_mesh(mesh):
         model, tokenizer = load_model(config.out, mesh)
         shape = {"rows": config.rows, "length": config.length}
-        score = make_held_out_loss(config.data, tokenizer, mesh, config.compute, **shape)(model)
-    text = "".join(held_out_documents(config.data, tokenizer)).encode()
+        score = make_held_out_loss(data, tokenizer, mesh, config.compute, **shape)(model)
+    text = "".join(held_out_documents(data, tokenizer)).encode()
     return {"llama_jax": score["eval/bits_per_byte"], **compressor_bits_per_byte(text)}
+
+
+def ask(run_folder: str, seed: int) -> list[Answered]:
+    """Plays held-out dialogues of the instruction world with a run's newest checkpoint."""
+    say(f"asking {run_folder} the held-out questions of the instruction world ...")
+    played = play(Llama.load(run_folder), dialogues=QUESTIONED, seed=seed)
+    say("  ".join(f"{name} {value:.2f}" for name, value in scores(played).items()))
+    return played
+
+
+def pretraining_report(config: PretrainConfig, bits: dict[str, float], page: Path) -> list[str]:
+    """The sections on pretraining."""
+    return [
+        "## Pretraining (paper 2.2)",
+        table(("held-out documents", "bits per byte"), [(name, f"{value:.3f}") for name, value in bits.items()]),
+        "The model's bits include the end of every document, and do not count the model itself.",
+        training_section(Path(config.out), page),
+    ]
+
+
+def sft_report(config: SFTConfig, played: dict[str, list[Answered]], page: Path) -> list[str]:
+    """The sections on fine-tuning: scores before and after, and the first answers."""
+    by_model = {name: scores(answered) for name, answered in played.items()}
+    plot_shares(by_model, page.parent / "scores.png")
+    names = next(iter(by_model.values()))
+    answers = [
+        (before.question.prompt, as_cell(before.answer), as_cell(after.answer), after.grade)
+        for before, after in zip(*played.values(), strict=True)
+    ]
+    return [
+        "## Supervised fine-tuning (paper 3.1)",
+        f"{len(answers)} held-out questions of the instruction world, answers sampled at temperature 1 and graded by its program. "
+        "The annotators' own answers are of all grades, so a good student of theirs is no better than they are: "
+        f"right {sum(SAFE_GRADES[2:]):.0%}, violations {ADVERSARIAL_GRADES[0]:.0%}.",
+        "![Scores](scores.png)",
+        table(
+            ("share", *by_model),
+            [(name.replace("_", " "), *(f"{s[name]:.2f}" for s in by_model.values())) for name in names],
+        ),
+        table(("question", *by_model, "grade"), answers[:20]),
+        training_section(Path(config.out), page),
+    ]
+
+
+def as_cell(answer: str) -> str:
+    """The first line of an answer, as far as a table's cell has room."""
+    line = answer.partition("\n")[0].replace("|", "\\|")
+    return line[:60] + ("..." if line != answer or len(line) > 60 else "")

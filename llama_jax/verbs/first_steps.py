@@ -30,24 +30,27 @@ def doctor(argv: Sequence[str]) -> int:
 def demo(argv: Sequence[str]) -> None:
     """See llama_jax.demo."""
 
-    def run(*, out: str = "runs/demo", seed: int = 0, train_tokens: int = 0, dry_run: bool = False) -> None:
-        """Run the whole pipeline in under 10 minutes on 2 cores, without a download, and write a report.
+    def run(
+        *, out: str = "runs/demo", seed: int = 0, train_tokens: int = 0, dialogues: int = 0, dry_run: bool = False
+    ) -> None:
+        """Run the whole pipeline in about 10 minutes on 2 cores, without a download, and write a report.
 
-        Text that every Python carries -> tokenizer -> pretraining -> checkpoint -> held-out bits per byte beside gzip
-        and xz -> samples -> report.md.
+        Text that every Python carries -> tokenizer -> pretraining -> held-out bits per byte beside gzip and xz ->
+        fine-tuning on dialogues of a small world of questions -> its answers, graded by a program -> report.md.
 
         Examples:
           llama-jax demo
           llama-jax demo --out runs/again --seed 1
 
         Args:
-          out: The run's folder.
-          seed: Of initialisation and data order.
-          train_tokens: Train on so many tokens instead of the recipe's.
+          out: The folder; one that was interrupted goes on.
+          seed: Of initialisation, data and sampling.
+          train_tokens: Pretrain on so many tokens instead of the recipe's.
+          dialogues: Fine-tune on so many dialogues instead of 4,000.
           dry_run: Say what would be done, and touch nothing.
         """
         from llama_jax import demo
 
-        demo.run(out, seed=seed, train_tokens=train_tokens, dry_run=dry_run)
+        demo.run(out, seed=seed, train_tokens=train_tokens, dialogues=dialogues, dry_run=dry_run)
 
     call(run, "demo", argv)
