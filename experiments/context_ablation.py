@@ -12,6 +12,7 @@ import jax
 import tyro
 
 from experiments.tiny_end_to_end import config as parent
+from llama_jax.cli import end_of
 from llama_jax.conversion.load import load_model
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.stages import pretrain
@@ -46,4 +47,4 @@ def main(source: str, out: str = "runs/context_ablation", train_tokens: int = pa
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    raise SystemExit(end_of(lambda: tyro.cli(main)))

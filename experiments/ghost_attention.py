@@ -14,6 +14,7 @@ from random import Random
 import tyro
 
 from experiments.tiny_end_to_end import config as parent
+from llama_jax.cli import end_of
 from llama_jax.data.examples import DialogueConfig
 from llama_jax.data.instruction_world import opposite, sound
 from llama_jax.data.questions import QuestionsConfig
@@ -27,8 +28,15 @@ NAMES += ("baker", "sailor", "witch", "nurse", "poet", "tiger", "queen", "miner"
 UNSEEN, SEEN = NAMES[::6], tuple(name for n, name in enumerate(NAMES) if n % 6)  # by GAtt; the model knows all
 LIST = {"values": SEEN, "long": "Act as a {}.", "short": "Persona: {}."}
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "head_dim": 16, "ffn_dim": 192, "context_length": 640}
-config = replace(parent, model=replace(parent.model, **SHAPE, vocab_size=512), batch_tokens=640, train_tokens=20 * 640)
-config = replace(config, optimizer=OptimizerConfig(2e-3, 5), sample_prompts=())  # little more than tokenizer and shape
+# Twenty steps of pretraining: little more than a tokenizer and a shape to fine-tune.
+BASE = replace(
+    parent,
+    model=replace(parent.model, **SHAPE, vocab_size=512),
+    batch_tokens=640,
+    train_tokens=20 * 640,
+    optimizer=OptimizerConfig(2e-3, 5),
+    sample_prompts=(),
+)
 
 
 def dialogue(name: str, turns: int, asking: float = 0) -> dict[str, list[dict[str, str]] | str]:
@@ -46,27 +54,32 @@ def tuned(out: str, start: str, name: str, sources: list[str], epochs: int, lr: 
     """Fine-tunes, and gives the new checkpoint."""
     data = DialogueConfig(tuple(f"{out}/{source}.jsonl" for source in sources), held_out=0, **chosen)
     recipe = sft.SFTConfig(f"{out}/{start}", data, epochs=epochs, rows=4, optimizer=OptimizerConfig(lr, 10))
-    sft.run(replace(recipe, compute=config.compute, loop=config.loop, out=f"{out}/{name}"))
+    sft.run(replace(recipe, compute=BASE.compute, loop=BASE.loop, out=f"{out}/{name}"))
     return f"{out}/{name}"
 
 
 def measure(checkpoint: str, names: tuple[str, ...]) -> Held:
     """Asks 48 dialogues to act as these in turn, or as nobody; held is the end of whom it should be, and no other."""
     asked = [[message["content"] for message in dialogue(f"asked/{n}", 20)["messages"][::2]] for n in range(48)]
-    told = [f"Act as a {names[n % len(names)]}." if names else "" for n in range(48)]
-    held = lambda n, _, said: [who for who in NAMES if f"{who.title()}!" in said] == told[n][9:-1].split()  # noqa: E731
-    return held_by_turn(Llama.load(checkpoint), told, asked, held, turns=(1, 2, 4, 6, 20), max_new_tokens=12, batch=48)
+    wanted = [[names[n % len(names)]] if names else [] for n in range(48)]
+
+    def is_held(number: int, turn: int, said: str) -> bool:
+        return [who for who in NAMES if f"{who.title()}!" in said] == wanted[number]
+
+    told = [f"Act as a {who[0]}." if who else "" for who in wanted]
+    settings = {"turns": (1, 2, 4, 6, 20), "max_new_tokens": 12, "batch": 48}
+    return held_by_turn(Llama.load(checkpoint), told, asked, is_held, **settings)
 
 
 def main(out: str = "runs/gatt") -> None:
     """Trains, makes GAtt's dialogues, trains on them, and prints who is remembered; what is in OUT is gone on with."""
     Path(out).mkdir(parents=True, exist_ok=True)
-    plain = [2 + 2 * (n // 32) for n in range(320)]  # in batches of a length
+    plain = [2 + 2 * (n // 32) for n in range(320)]  # turns; those that are answered side by side have equally many
     for name, turns, asking in (("sft", [*range(1, 21)] * 60, 0.5), ("single", [1] * 600, 0.5), ("plain", plain, 0)):
         rows = [json.dumps(dialogue(f"{name}/{n}", count, asking)) + "\n" for n, count in enumerate(turns)]
         Path(f"{out}/{name}.jsonl").write_text("".join(rows))
     Path(f"{out}/lists.json").write_text(json.dumps({"persona": LIST}))
-    pretrain.run(replace(config, data=replace(config.data, sources=(f"jsonl:{out}/sft.jsonl",)), out=f"{out}/base"))
+    pretrain.run(replace(BASE, data=replace(BASE.data, sources=(f"jsonl:{out}/sft.jsonl",)), out=f"{out}/base"))
     before = tuned(out, "base", "before", ["sft"], 3, 4e-3)
     made = ghost_attention.GhostAttentionConfig(before, QuestionsConfig((f"{out}/plain.jsonl",)), out=f"{out}/gatt")
     ghost_attention.run(replace(made, constraints=f"{out}/lists.json", max_new_tokens=12, batch=32))
@@ -77,4 +90,4 @@ def main(out: str = "runs/gatt") -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    raise SystemExit(end_of(lambda: tyro.cli(main)))

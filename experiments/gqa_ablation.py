@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 
 from experiments.tiny_end_to_end import config as parent
+from llama_jax.cli import end_of
 from llama_jax.stages import pretrain
 from llama_jax.training.metrics import read_metrics
 
@@ -55,4 +56,4 @@ def main(source: str, out: str = "runs/gqa_ablation", train_tokens: int = parent
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    raise SystemExit(end_of(lambda: tyro.cli(main)))

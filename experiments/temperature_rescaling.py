@@ -15,6 +15,7 @@ from typing import Annotated
 
 import tyro
 
+from llama_jax.cli import end_of
 from llama_jax.errors import UserError
 from llama_jax.evaluation.diversity import self_bleu
 from llama_jax.generation.llama import Llama
@@ -145,4 +146,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    raise SystemExit(end_of(lambda: tyro.cli(main)))

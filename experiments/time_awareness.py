@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tyro
 
+from llama_jax.cli import end_of
 from llama_jax.errors import UserError
 from llama_jax.training.run_folder import write_whole
 
@@ -118,4 +119,4 @@ def main(out: Path, count: int = 1000, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    raise SystemExit(end_of(lambda: tyro.cli(main)))

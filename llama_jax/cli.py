@@ -9,7 +9,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llama_jax import __version__
 from llama_jax.errors import Diverged, Preempted, UserError
@@ -56,12 +56,19 @@ _SYSTEM_REMEDIES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; `argv` is `sys.argv[1:]` unless given."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv, debug = _take_debug(argv)
+    argv, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    return end_of(lambda: _dispatch(argv), debug)
+
+
+def end_of(run: Callable[[], int | None], debug: bool = False) -> int:
+    """Runs a program and returns its exit code, whichever way it ends; what it has to say about that goes to stderr.
+
+    The experiments end through it as the verbs do.
+    """
     try:
-        code = _dispatch(argv)
+        code = run()
         sys.stdout.flush()  # here, so that a full disk or a reader that left is met inside the try
-        return code
+        return code or OK
     except SystemExit as error:  # the argument parser: 0 after --help, 2 after a message
         return error.code if isinstance(error.code, int) else OK if error.code is None else BUG
     except BrokenPipeError:

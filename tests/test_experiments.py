@@ -1,6 +1,8 @@
 """The experiments: every recipe loads, and the ablations run and print what their runs measured."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,3 +98,10 @@ def test_context_ablation_reads_both_models_in_both_lengths(source, tmp_path, mo
     assert [(int(a), int(b)) for a, b, _ in rows] == [(short, short), (short, long), (long, short), (long, long)]
     measured = [record for record in read_metrics(tmp_path / str(long)) if "eval/bits_per_byte" in record][-1]
     assert float(rows[3][2]) == pytest.approx(measured["eval/bits_per_byte"], abs=6e-4)
+
+
+def test_bad_input_to_an_experiment_ends_as_it_does_for_a_verb(tmp_path):
+    command = [sys.executable, "-m", "experiments.time_awareness", "--out", str(tmp_path / "time.csv")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and ".jsonl" in done.stderr and "Traceback" not in done.stderr
