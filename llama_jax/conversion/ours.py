@@ -21,7 +21,7 @@ from llama_jax.conversion import layout, source
 from llama_jax.conversion.source import Overrides
 from llama_jax.conversion.tensor_files import contiguous
 from llama_jax.errors import UserError
-from llama_jax.training.checkpoint import find_checkpoints, installed_versions, load_files, read_metadata
+from llama_jax.training.checkpoint import check_speaks, find_checkpoints, installed_versions, load_files, read_metadata
 
 ASSETS = "huggingface"  # the item of small files that a Hugging Face export will want
 _BLOCK_BYTES = 16 * 2**20  # the most that is copied at once; also the size of a file on disk
@@ -45,6 +45,7 @@ class OurSource:
         self.notes: list[str] = []
         self._folder = find_checkpoints(path)[-1]
         metadata = read_metadata(self._folder)
+        check_speaks(self._folder, metadata)
         self.config = llama_config_from_json(metadata["model"])
         self._fingerprints = metadata["fingerprints"]["model"]
         self._sums = dict.fromkeys(self._fingerprints, 0)

@@ -170,6 +170,7 @@ def restore_model(
     for folder in reversed(folders):
         try:
             metadata = read_metadata(folder)
+            check_speaks(folder, metadata)
             abstract = transformer.abstract(llama_config_from_json(metadata["model"]), mesh)
             model = restore_tree(folder, abstract, metadata)
             return (model if dtype is None else jax.jit(lambda m: m.cast(dtype))(model)), load_tokenizer(folder)
@@ -240,6 +241,14 @@ def read_metadata(folder: Path) -> dict:
     if not metadata or "fingerprints" not in metadata:
         raise UserError(f"checkpoint {folder} has no llama_jax metadata; expected one written by llama-jax pretrain")
     return metadata
+
+
+def check_speaks(folder: Path, metadata: dict) -> None:
+    """Raises UserError for the checkpoint of a reward model, which judges answers and cannot write any."""
+    if "reward" in metadata:
+        raise UserError(
+            f"{folder} holds a reward model; expected a language model, such as the one it was trained from"
+        )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

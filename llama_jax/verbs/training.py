@@ -1,4 +1,4 @@
-"""The verbs that train, and those that make what is trained on: pretrain, sft, ghost-attention."""
+"""The verbs that train, and those that make what is trained on: pretrain, sft, ghost-attention, reward."""
 
 import re
 from collections.abc import Sequence
@@ -80,6 +80,37 @@ Examples:
         )
     config = GhostAttentionConfig(checkpoint=argv[0])
     run(config_with_flags(config, f"ghost-attention {argv[0]}", text, _with_sources(argv[1:])))
+
+
+def reward(argv: Sequence[str]) -> None:
+    """Takes a checkpoint or a recipe, lets the flags override its fields, runs the stage, and writes its report."""
+    import jax
+
+    from llama_jax.evaluation.rewards import write_reward_report
+    from llama_jax.stages.reward import RewardConfig, run
+
+    text = """Train a reward model on preferences (paper 3.2.2), from a chat checkpoint of any form or from a recipe.
+
+Rows may be two transcripts with Human: and Assistant:, two lists of messages, or prompt, chosen and rejected, with a
+strength and a safety label if there are any; --dry-run shows what was recognised. The report, with accuracy by strength and
+by source, is in the run's folder. A run that was interrupted goes on when it is started again with the same --out.
+
+Examples:
+  llama-jax reward runs/mine-sft --data pairs.jsonl --pairs 64 --out runs/helpful
+  llama-jax reward runs/mine-sft --data safety.jsonl help.jsonl --data.weights 90 10 --safety-weight 1 --out runs/safe
+  llama-jax reward Llama-2-7b-chat-hf --data hf:Anthropic/hh-rlhf --data.tests hf:Anthropic/hh-rlhf:test --dry-run"""
+    if argv and argv[0] in ("-h", "--help"):
+        show_fields(RewardConfig, "reward CHECKPOINT", text)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            "name the model first: llama-jax reward CHECKPOINT --data PAIRS.jsonl (llama-jax reward --help)"
+        )
+    is_recipe = argv[0].endswith(".py") or argv[0] in [path.stem for path in list_recipes()]
+    config = load_recipe(argv[0], RewardConfig) if is_recipe else RewardConfig(checkpoint=argv[0])
+    config = config_with_flags(config, f"reward {argv[0]}", text, _with_sources(argv[1:]))
+    run(config)
+    if not config.dry_run and jax.process_index() == 0:
+        write_reward_report(config.out)
 
 
 def _with_sources(flags: Sequence[str]) -> list[str]:

@@ -1,0 +1,196 @@
+"""Reward models at work (paper 3.2.2 and 3.2.3): loaded, checked, and judging the last answers of dialogues."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.config import Compute, llama_config_from_json
+from llama_jax.data.preferences import encode_judged
+from llama_jax.errors import UserError
+from llama_jax.generation.scoring import batches, rounded_up
+from llama_jax.model.heads import RewardModel, abstract_reward_model, score
+from llama_jax.parallel.mesh import constrain, make_mesh, ways
+from llama_jax.text.chat import BadDialogue, Dialogue, Llama2Chat, Plain, Template
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training.checkpoint import find_checkpoints, load_tokenizer, read_metadata, restore_tree
+
+# Our choice, all three: when a reward model says too little about answers to be optimised against.
+CHANCE_DEVIATIONS = 2.33
+"""Held-out accuracy must be above a fair coin's mean by so many of its standard deviations (1% one-sided)."""
+LENGTH_LIMIT = 0.7
+"""Correlation of score and length within pairs, above or below zero."""
+PADDING_LIMIT = 0.01
+"""Largest change of a score with its padding, in standard deviations of the scores; bfloat16 alone rounds to a part of it."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a reward model's scores of held-out pairs came to."""
+
+    pairs: int
+    accuracy: float
+    """Share of pairs ranked right, ties counted half."""
+    length_correlation: float
+    """Of the difference of two answers' scores with the difference of their lengths; nan if all are equally long."""
+    padding_change: float
+    """Largest change of a score when its padding stands before it instead of behind, in standard deviations of the scores."""
+
+
+class LoadedReward(NamedTuple):
+    """A reward model with what it takes to use it."""
+
+    model: RewardModel
+    tokenizer: Tokenizer
+    template: Template
+    findings: Findings | None
+    """None if it was never evaluated."""
+
+
+def accuracy_of(scores: np.ndarray) -> float:
+    """The share of pairs (n, 2), chosen first, that are ranked right; ties count half."""
+    return float(np.mean(np.heaviside(scores[:, 0] - scores[:, 1], 0.5)))
+
+
+def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> float:
+    """Correlation, over pairs (n, 2), of the difference in score with the difference in length; nan if either is always 0.
+
+    Within pairs, as prompts differ in what they deserve; about zero, as it does not matter which answer comes first.
+    """
+    by_score, by_length = (np.diff(a.astype(np.float64), axis=1)[:, 0] for a in (scores, lengths))
+    norm = math.sqrt(float(by_score @ by_score) * float(by_length @ by_length))
+    return float(by_score @ by_length) / norm if norm else math.nan
+
+
+def warnings_of(findings: Findings | None) -> list[str]:
+    """Reasons not to optimise an answer's score against this reward model; none if there is nothing against it."""
+    if findings is None or not findings.pairs:
+        return ["it was never evaluated on held-out pairs"]
+    reasons = []
+    bound = 0.5 + CHANCE_DEVIATIONS * 0.5 / math.sqrt(findings.pairs)
+    if not findings.accuracy > bound:
+        reasons.append(
+            f"its accuracy on {findings.pairs} held-out pairs is {findings.accuracy:.1%}; a coin reaches {bound:.1%} in one "
+            "of a hundred trials"
+        )
+    if abs(findings.length_correlation) > LENGTH_LIMIT:
+        reasons.append(
+            f"its scores follow the length of answers: correlation {findings.length_correlation:.2f} within held-out pairs, "
+            f"limit {LENGTH_LIMIT}"
+        )
+    if not findings.padding_change <= PADDING_LIMIT:
+        reasons.append(
+            f"its scores change with padding: by {findings.padding_change:.2g} of their standard deviation, limit "
+            f"{PADDING_LIMIT}"
+        )
+    return reasons
+
+
+def load_reward_model(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> LoadedReward:
+    """Reads the newest whole checkpoint of a run of the reward stage, or one checkpoints/<step> folder.
+
+    Args:
+      path: the folder.
+      mesh: where the parameters go; one device if none.
+      dtype: what the transformer is cast to; as stored if none. The head stays in float32.
+
+    Raises:
+      UserError: it is no reward model, or not whole.
+    """
+    folders = find_checkpoints(Path(path))
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+    for folder in reversed(folders):
+        try:
+            return _read(folder, mesh, dtype)
+        except UserError as error:
+            if folder == folders[0]:
+                raise
+            log.warning("%s; the one before it is used", error)
+    raise AssertionError("find_checkpoints returned an empty list")
+
+
+def _read(folder: Path, mesh: Mesh, dtype: Any) -> LoadedReward:
+    metadata = read_metadata(folder)
+    if "reward" not in metadata:
+        raise UserError(
+            f"{folder} holds no reward model; train one with llama-jax reward CHECKPOINT --data PAIRS.jsonl"
+        )
+    model = restore_tree(folder, abstract_reward_model(llama_config_from_json(metadata["model"]), mesh), metadata)
+    if dtype is not None:
+        model = jax.jit(lambda model: dataclasses.replace(model, trunk=model.trunk.cast(dtype)))(model)
+    known = metadata["reward"]
+    findings = Findings(**known["findings"]) if known["findings"] else None
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(f"checkpoint {folder} has no tokenizer")
+    return LoadedReward(model, tokenizer, Plain() if known["plain"] else Llama2Chat(), findings)
+
+
+def make_score(
+    path: str | Path, mesh: Mesh | None = None, dtype: Any = None
+) -> Callable[[Sequence[Dialogue]], list[float]]:
+    """Reads a reward model and gives the function that scores the last answers of dialogues, as rejection sampling and Ghost
+    Attention take it; arguments as `load_reward_model`.
+
+    Dialogues that are too long lose their oldest turns. An answer that cannot be encoded, because it holds one of the
+    format's tags or does not fit by itself, scores -inf: any other is better.
+    """
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+    loaded = load_reward_model(path, mesh, dtype)
+
+    def score_dialogues(dialogues: Sequence[Dialogue]) -> list[float]:
+        with jax.set_mesh(mesh):
+            return score_texts(loaded.model, [_ids(loaded, dialogue) for dialogue in dialogues])
+
+    return score_dialogues
+
+
+def score_texts(model: RewardModel, texts: Sequence[Sequence[int]]) -> list[float]:
+    """The score of each text at its last token, on the ambient mesh; -inf for a text without tokens.
+
+    Args:
+      model: the dtype of its transformer is that of the computation.
+      texts: token ids, BOS first, no longer than the model's context. Those of like length share a batch.
+    """
+    scores = [-math.inf] * len(texts)
+    for members, T in batches(list(map(len, texts)), model.trunk.config.context_length):
+        B = rounded_up(len(members), least=1)
+        B += -B % ways("batch")
+        tokens_BT, last_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+        for row, i in enumerate(members):
+            tokens_BT[row, : len(texts[i])] = texts[i]
+            last_B[row] = len(texts[i]) - 1
+        compute = Compute(dtype=model.trunk.embedding_VD.dtype.name, remat="none")
+        got = np.asarray(score_rows(model, tokens_BT, last_B, compute=compute))
+        for row, i in enumerate(members):
+            scores[i] = float(got[row])
+    return scores
+
+
+@partial(jax.jit, static_argnames="compute")
+def score_rows(model: RewardModel, tokens_BT: jax.Array, last_B: jax.Array, *, compute: Compute) -> jax.Array:
+    """Scores (B,), float32, of rows that are padded on the right; on every device of the ambient mesh."""
+    real_BT = (jnp.arange(tokens_BT.shape[1]) <= last_B[:, None]).astype(jnp.int32)
+    return constrain(score(model, tokens_BT, real_BT, last_B[:, None], compute)[:, 0], None)
+
+
+def _ids(loaded: LoadedReward, dialogue: Dialogue) -> list[int]:
+    longest = loaded.model.trunk.config.context_length
+    try:
+        judged, _ = encode_judged(loaded.tokenizer, dialogue, loaded.template, longest)
+    except BadDialogue as error:
+        if error.reason != "tag in a message":
+            raise
+        judged = None
+    return judged.ids if judged else []

@@ -1,0 +1,438 @@
+"""Reward models (paper 3.2.2): a chat model learns which of two answers people prefer, and by how much.
+
+The paper's settings are the defaults: one epoch, 512 pairs a batch, 1e-5 (5e-6 for 70B) after a warm-up of 3% of the steps
+and at least 5, a cosine to a tenth. Helpfulness and safety are two models, of two mixes of data (`data.weights`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from optax import GradientTransformation
+
+from llama_jax.config import Compute, LlamaConfig
+from llama_jax.conversion.convert import open_source, pinned
+from llama_jax.conversion.load import load_model
+from llama_jax.conversion.source import TOKENIZER
+from llama_jax.data.pairs import (
+    UNKNOWN,
+    BatchCursor,
+    LoadedPairs,
+    PairBatch,
+    PairOrder,
+    Pairs,
+    PreferenceConfig,
+    agreement,
+    evenly_spaced,
+    held_out_pair_batches,
+    load_pairs,
+    pair_batches,
+    statistics,
+)
+from llama_jax.errors import UserError
+from llama_jax.generation.rewards import Findings, accuracy_of, length_correlation, warnings_of
+from llama_jax.model.heads import (
+    RewardModel,
+    abstract_reward_model,
+    describe_reward_model,
+    trunk_config,
+    with_scalar_head,
+)
+from llama_jax.parallel import distributed
+from llama_jax.parallel.mesh import check_divides, constrain, make_mesh, mesh_sizes, sharding, ways
+from llama_jax.text.chat import Encoded, Llama2Chat, Plain, Template, shown
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training import compiled as compiling
+from llama_jax.training import step as steps
+from llama_jax.training.batches import share_of_process, to_devices
+from llama_jax.training.checkpoint import Checkpoints
+from llama_jax.training.loop import LoopConfig, fit
+from llama_jax.training.metrics import say
+from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from llama_jax.training.preference_loss import SMALL_MARGINS, pair_scores, preferences_objective
+from llama_jax.training.run_folder import make_folder, open_run, without, write_whole
+from llama_jax.training.step import TrainState
+
+SCORES, FINDINGS = "scores.jsonl", "findings.json"
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """One reward model."""
+
+    checkpoint: str = ""
+    """The chat model to begin with, of any form."""
+    data: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """The preferences."""
+    plain: bool = False
+    """Prompt and answer as plain text, instead of Llama 2's chat format."""
+    # Our choice of the paper's three, whose accuracies it gives as 62.5, 63.0 and 62.9; it does not say which it kept.
+    margins: tuple[float, float, float, float] = SMALL_MARGINS
+    """What the better answer's score should be ahead by, from significantly to negligibly better; 0 for unknown strength."""
+    safety_weight: float = 0.0
+    """Weight of the auxiliary loss on safety labels, beside the ranking loss; for the safety model."""
+    epochs: int = 1
+    """Passes over the pairs; more made the paper's models overfit."""
+    pairs: int = 512
+    """Pairs in a global batch, each two rows."""
+    length: int = 0
+    """Tokens in a row; 0: what the longest dialogue needs, at most the model's context."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(peak_lr=1e-5, warmup_steps=0))
+    """AdamW and its schedule; a warm-up of 0 means the paper's 3% of the steps, at least 5."""
+    compute: Compute = field(default_factory=Compute)
+    """Precision, attention kernel and what is recomputed; memory and speed, not the result."""
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=100, save_every=100))
+    """How often to log, evaluate and save."""
+    micro_batches: int = 1
+    """Parts a batch is split into, one after the other, to save memory; the result is the same."""
+    mesh: str = "auto"
+    """Devices per axis, such as data=2,fsdp=4,tensor=2; auto is fsdp over all."""
+    seed: int = 0
+    """Of the head and the order of the pairs."""
+    out: str = "runs/reward"
+    """The run's folder."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Go on from the newest checkpoint in the folder: if there is one; never (refuses a folder that has one); or fail
+    without one.
+    """
+    dry_run: bool = False
+    """Print a pair, the statistics of the data, the mesh and the memory, and touch nothing."""
+    json: bool = False
+    """Print the dry run as JSON."""
+
+
+# What may differ between a run and its continuation. The model, the tokenizer and the pairs are compared by what they turned
+# out to be, not by the names under which they were found.
+FREE_TO_CHANGE = (
+    *("compute.attention", "compute.remat", "compute.loss_chunk", "loop", "micro_batches", "length", "checkpoint"),
+    *("data.sources", "data.tests", "data.eval_pairs", "mesh", "out", "resume", "dry_run", "json"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration with what its checkpoint and its data turned out to be."""
+
+    config: RewardConfig
+    checkpoint: Path
+    model: LlamaConfig
+    """The transformer's, without a next-token head."""
+    tokenizer: Tokenizer
+    loaded: LoadedPairs
+    order: PairOrder
+    length: int
+    total_steps: int
+    mesh: Mesh
+    schedule: OptimizerConfig
+    optimizer: GradientTransformation
+
+
+def run(config: RewardConfig) -> None:
+    """Trains what `config` describes into `config.out`, going on where an earlier run of it stopped, and scores the
+    held-out pairs and the test sets with the result.
+
+    Raises:
+      UserError: checkpoint, data, devices or the run found in the folder do not fit the recipe.
+      Diverged: loss or gradient was not finite three times in a row.
+      Preempted: told to stop, and saved.
+    """
+    distributed.initialize()
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        prepared = prepare(config, mesh)
+        say(str(prepared.loaded))
+        if config.dry_run:
+            show(prepared, compile_step(prepared)[1])
+            return
+        folder = Path(config.out)
+        make_folder(folder)
+        checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
+        try:
+            decisive = without(config, FREE_TO_CHANGE) | {
+                "checkpoint": str(prepared.checkpoint),
+                "tokenizer": prepared.tokenizer.sha256,
+                "pairs": fingerprint(prepared.loaded.train),
+            }
+            open_run(folder, "reward", config, decisive, prepared.tokenizer, checkpoints, config.resume)
+            state = train(prepared, checkpoints, decisive)
+        finally:
+            checkpoints.close()
+        reasons = write_findings(prepared, state.model)
+    for reason in reasons:
+        say(f"warning: not to be used for PPO: {reason}")
+    say(f"done: {folder}")
+
+
+def prepare(config: RewardConfig, mesh: Mesh) -> Run:
+    """Opens the checkpoint without reading its weights, and reads and encodes the data.
+
+    Raises:
+      UserError: they do not fit each other, the recipe or the devices.
+    """
+    if not config.checkpoint:
+        raise UserError("name the model to begin with: llama-jax reward CHECKPOINT --data PAIRS.jsonl")
+    if config.epochs < 1 or config.pairs < 1:
+        raise UserError(f"--epochs {config.epochs} and --pairs {config.pairs} must both be 1 or more")
+    if config.micro_batches < 1 or config.pairs % config.micro_batches:
+        raise UserError(f"--micro-batches {config.micro_batches} does not divide the {config.pairs} pairs of a batch")
+    if not all(math.isfinite(value) and value >= 0 for value in (*config.margins, config.safety_weight)):
+        raise UserError(f"--margins {config.margins} and --safety-weight {config.safety_weight} must be 0 or more")
+    checkpoint = pinned(config.checkpoint)
+    opened = open_source(checkpoint)
+    if TOKENIZER not in opened.assets:
+        raise UserError(f"{config.checkpoint} has no {TOKENIZER}; copy the model's own beside its weights")
+    tokenizer = Tokenizer(opened.assets[TOKENIZER], f"{config.checkpoint}/{TOKENIZER}")
+    context = opened.config.context_length
+    if config.length > context:
+        raise UserError(f"--length {config.length} is more than the model's context of {context} tokens")
+    template: Template = Plain() if config.plain else Llama2Chat()
+    loaded = load_pairs(config.data, tokenizer, template, config.length or context)
+    if config.safety_weight and (loaded.train.safe == UNKNOWN).all():
+        raise UserError("--safety-weight is for pairs with safety labels (`safety`), and none here has one")
+    length = config.length or min(context, longest(loaded) + -longest(loaded) % (64 * ways("length")))
+    check_divides(mesh_sizes(mesh), opened.config, config.pairs // config.micro_batches, length)
+    order = PairOrder(loaded.train, config.pairs, config.seed, config.data.weights)
+    total_steps = config.epochs * order.batches
+    schedule = warmed_up(config.optimizer, total_steps)
+    model = trunk_config(opened.config)
+    optimizer = make_optimizer(schedule, describe_reward_model(model), total_steps)
+    return Run(config, checkpoint, model, tokenizer, loaded, order, length, total_steps, mesh, schedule, optimizer)
+
+
+def longest(loaded: LoadedPairs) -> int:
+    """Tokens of the longest dialogue."""
+    return max(int(pairs.lengths.max()) for pairs in loaded[:3] if len(pairs))
+
+
+def warmed_up(config: OptimizerConfig, total_steps: int) -> OptimizerConfig:
+    """The optimizer with the paper's warm-up of 3% of the steps, at least 5, where none is given."""
+    return dataclasses.replace(config, warmup_steps=config.warmup_steps or max(5, math.ceil(0.03 * total_steps)))
+
+
+def fingerprint(pairs: Pairs) -> str:
+    """A number that depends on every token and label of the pairs and their order."""
+    digest = hashlib.sha256()
+    for part in (pairs.ids, pairs.starts, pairs.strength, pairs.safe, np.array(pairs.sizes)):
+        digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()
+
+
+def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> TrainState:
+    """Feeds the batches behind the newest checkpoint's cursor to the loop, on the ambient mesh; gives the last state."""
+    config, mesh = prepared.config, prepared.mesh
+    compiled, plan = compile_step(prepared)
+    say(banner(prepared, plan))
+    state, cursor = begin(prepared, checkpoints)
+    evaluate = Evaluation(prepared)
+
+    def save(state: TrainState, cursor: BatchCursor) -> None:
+        findings = evaluate.newest and dataclasses.asdict(evaluate.newest)
+        reward = {"plain": config.plain, "margins": config.margins, "findings": findings}
+        own = {"model": dataclasses.asdict(prepared.model), "reward": reward, "recipe": decisive}
+        checkpoints.save(state, own | {"cursor": cursor._asdict()}, prepared.tokenizer)
+
+    return fit(
+        state,
+        compiled,
+        pair_batches(prepared.order, prepared.length, cursor=cursor, **share_of_process(mesh, config.pairs)),
+        model=prepared.model,
+        mesh=mesh,
+        rows=config.pairs,
+        length=prepared.length,
+        total_steps=prepared.total_steps,
+        loop=config.loop,
+        schedule=learning_rate(prepared.schedule, prepared.total_steps),
+        folder=Path(config.out),
+        save=save,
+        evaluate=evaluate,
+        evaluate_first=True,
+        sequences_per_row=2,
+    )
+
+
+def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, BatchCursor]:
+    """The state to train from, and the place in the data."""
+    config, mesh, optimizer = prepared.config, prepared.mesh, prepared.optimizer
+    abstract_state = describe_state(prepared)
+    if restored := checkpoints.restore_newest(abstract_state):
+        state, metadata = restored
+        say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
+        return state, BatchCursor(**metadata["cursor"])
+    model = load_model(prepared.checkpoint, mesh, "float32")[0]
+    adopt = jax.jit(
+        lambda model: steps.new_state(with_scalar_head(model, jax.random.key(config.seed)), optimizer),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_state),
+        donate_argnums=0,
+    )
+    return adopt(model), BatchCursor()
+
+
+def describe_state(prepared: Run) -> TrainState:
+    """The state as shapes, dtypes and shardings."""
+    model = abstract_reward_model(prepared.model, prepared.mesh)
+    return steps.abstract_new_state(model, prepared.optimizer, prepared.mesh)
+
+
+def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
+    """Compiles the training step without any array; gives `step(state, batch)` and what it will take."""
+    config, mesh = prepared.config, prepared.mesh
+    state = describe_state(prepared)
+    train_step = steps.make_train_step(
+        prepared.optimizer,
+        config.compute,
+        objective=preferences_objective(config.margins, config.safety_weight),
+        micro_batches=config.micro_batches,
+        layout=jax.tree.map(lambda leaf: leaf.sharding, state),
+    )
+    rows = jax.ShapeDtypeStruct((config.pairs, prepared.length), jnp.int32, sharding=sharding(mesh, "batch", "length"))
+    one = jax.ShapeDtypeStruct((config.pairs,), jnp.int32, sharding=sharding(mesh, "batch"))
+    batch = PairBatch(rows, rows, *[one] * 5, one.update(dtype=jnp.bool_))
+    return compiling.compile_step(train_step, mesh, prepared.model.n_params, state, batch)
+
+
+class Evaluation:
+    """Scores held-out pairs with a state, and keeps what the newest state's scores came to."""
+
+    def __init__(self, prepared: Run):
+        self.newest: Findings | None = None
+        self._prepared = prepared
+        self._numbers = evenly_spaced(len(prepared.loaded.held_out), prepared.config.data.eval_pairs)
+        self._scores = jax.jit(partial(_on_every_device, compute=prepared.config.compute), static_argnames="left")
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Under their log names: accuracy, mean score, mean margin, and what warnings depend on."""
+        if not len(self._numbers):
+            return {}
+        self.newest, scores = self.findings(state.model, self._numbers)
+        named = dataclasses.asdict(self.newest) | {"score": scores.mean(), "margin": -np.diff(scores, axis=1).mean()}
+        return {
+            f"eval/{name}": float(value) for name, value in named.items() if name != "pairs" and math.isfinite(value)
+        }
+
+    def findings(self, model: RewardModel, numbers: np.ndarray) -> tuple[Findings, np.ndarray]:
+        """What the scores (n, 2) of the held-out pairs of these numbers come to, and the scores."""
+        pairs = self._prepared.loaded.held_out
+        scores, few = self.scores(model, pairs, numbers), numbers[: self._rows]
+        change = np.abs(self.scores(model, pairs, few, left=True) - scores[: len(few)]).max()
+        follows = length_correlation(scores, pairs.answers[numbers])
+        return Findings(len(scores), accuracy_of(scores), follows, float(change / max(scores.std(), 1e-9))), scores
+
+    def scores(self, model: RewardModel, pairs: Pairs, numbers: np.ndarray, left: bool = False) -> np.ndarray:
+        """Scores, float32 (n, 2), of the pairs of these numbers; the chosen answers' first."""
+        mesh, rows = self._prepared.mesh, self._rows
+        share = share_of_process(mesh, rows)
+        batches = held_out_pair_batches(pairs, numbers, self._prepared.length, rows=rows, **share)
+        parts = [np.asarray(self._scores(model, to_devices(mesh, batch, rows), left=left)) for batch in batches]
+        return np.concatenate([np.zeros((0, 2), np.float32), *parts])[: len(numbers)]
+
+    @property
+    def _rows(self) -> int:
+        return self._prepared.config.pairs // self._prepared.config.micro_batches
+
+
+def _on_every_device(model: RewardModel, batch: PairBatch, compute: Compute, left: bool) -> jax.Array:
+    return constrain(pair_scores(model, batch, compute, left), None, None)
+
+
+def write_findings(prepared: Run, model: RewardModel) -> list[str]:
+    """Scores every held-out pair and every test set, writes the scores and what is known of the data into the run's
+    folder, and gives the reasons not to use the model, if any.
+    """
+    folder, loaded, evaluate = Path(prepared.config.out), prepared.loaded, Evaluation(prepared)
+    names, findings, scores = [found.source for found in loaded.found], None, np.zeros((0, 2), np.float32)
+    if len(loaded.held_out):
+        findings, scores = evaluate.findings(model, np.arange(len(loaded.held_out)))
+    tested = evaluate.scores(model, loaded.tests, np.arange(len(loaded.tests)))
+    trained = names[: len(loaded.train.sizes)]
+    known = {
+        "findings": findings and dataclasses.asdict(findings),
+        "warnings": warnings_of(findings),
+        "data": described(loaded),
+    }
+    lines = [
+        *scored_lines("held out", trained, loaded.held_out, scores),
+        *scored_lines("test", names[len(trained) :], loaded.tests, tested),
+    ]
+    if jax.process_index() == 0:
+        write_whole(folder / SCORES, "".join(lines).encode())
+        write_whole(folder / FINDINGS, json.dumps(known, indent=2).encode())
+    return known["warnings"]
+
+
+def described(loaded: LoadedPairs) -> dict[str, dict[str, float]]:
+    """Statistics and agreement of each source's pairs to train on."""
+    return {
+        found.source: statistics(loaded.train, numbers) | agreement(loaded.train, numbers)
+        for number, found in enumerate(loaded.found[: len(loaded.train.sizes)])
+        if len(numbers := np.flatnonzero(loaded.train.source == number))
+    }
+
+
+def scored_lines(kind: str, sources: Sequence[str], pairs: Pairs, scores: np.ndarray) -> list[str]:
+    """A JSON line for each pair: where it is from, its labels, tokens of both answers and their scores."""
+    columns = (pairs.source, pairs.strength, pairs.safe, pairs.answers, scores)
+    return [
+        json.dumps(
+            {
+                "set": kind,
+                "source": sources[source],
+                "strength": strength,
+                "safe": safe,
+                "tokens": tokens,
+                "scores": both,
+            }
+        )
+        + "\n"
+        for source, strength, safe, tokens, both in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+
+
+def banner(prepared: Run, plan: dict[str, Any]) -> str:
+    """The plan for people."""
+    config, known = prepared.config, compiling.describe_plan(plan)
+    drawn, held_out = sum(prepared.order.drawn), len(prepared.loaded.held_out)
+    return "\n".join(
+        [
+            f"devices     {known['devices']}",
+            f"model       {prepared.model.n_params:,} parameters from {config.checkpoint}, under a scalar head",
+            f"data        {', '.join(config.data.sources)}: {drawn:,} pairs an epoch, {held_out:,} held out",
+            f"steps       {prepared.total_steps:,}: {config.epochs} epochs in batches of {config.pairs} pairs, "
+            f"rows of {prepared.length} tokens; warm-up {prepared.schedule.warmup_steps}",
+            f"loss        margins {', '.join(f'{margin:.3g}' for margin in config.margins)}; weight of safety labels "
+            f"{config.safety_weight:g}",
+            f"memory      {known['memory']}",
+            f"run folder  {config.out}",
+        ]
+    )
+
+
+def show(prepared: Run, plan: dict[str, Any]) -> None:
+    """Prints a dry run: the plan, the statistics of each source, and a pair with its judged answers between arrows."""
+    train, tables = prepared.loaded.train, described(prepared.loaded)
+    pair = [
+        shown(
+            prepared.tokenizer,
+            Encoded(ids.tolist(), [False] * (len(ids) - answer) + [True] * answer),
+            ("\u00bb", "\u00ab"),
+        )
+        for ids, answer in zip(train[0], train.answers[0].tolist(), strict=True)
+    ]
+    if prepared.config.json:
+        recipe = dataclasses.asdict(prepared.config)
+        own = {"recipe": recipe, "data": tables, "pair": pair, "steps": prepared.total_steps}
+        print(json.dumps(own | plan, indent=2))
+        return
+    print(banner(prepared, plan))
+    for source, table in tables.items():
+        print(f"--- {source}: " + ", ".join(f"{name} {value:.4g}" for name, value in table.items()))
+    print(f"--- chosen\n{pair[0]}\n--- rejected\n{pair[1]}")
