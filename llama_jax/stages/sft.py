@@ -54,6 +54,9 @@ from llama_jax.training.run_folder import make_folder, open_run, without
 from llama_jax.training.step import TrainState
 
 
+PAPER_PEAK_LR = 2e-5
+
+
 @dataclass(frozen=True)
 class SFTConfig:
     """One fine-tuning run."""
@@ -71,7 +74,7 @@ class SFTConfig:
     length: int = 0
     """Tokens in a row; 0: the model's context."""
     # Our choice: no warm-up and a tenth of the peak at the end; the paper says neither.
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(peak_lr=2e-5, warmup_steps=0))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(peak_lr=PAPER_PEAK_LR, warmup_steps=0))
     """AdamW and its schedule; 1e-4 to 2e-4 is common for adapters."""
     train: Literal["all", "lora"] = "all"
     """What is trained: every weight, or low-rank adapters beside frozen ones."""
@@ -146,6 +149,11 @@ def run(config: SFTConfig) -> None:
         say(str(prepared.loaded))
         if config.data.held_out and not len(prepared.loaded.held_out):
             say("so few dialogues leave none to measure the loss on; --data.held-out 0.1 keeps a tenth of them back")
+        if prepared.is_lora and config.optimizer.peak_lr <= PAPER_PEAK_LR:
+            say(
+                f"--optimizer.peak-lr {config.optimizer.peak_lr:g} is little for adapters, which begin at nothing; "
+                "1e-4 to 2e-4 is common"
+            )
         if config.dry_run:
             show(prepared, compile_step(prepared)[1])
             return

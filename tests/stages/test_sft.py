@@ -273,6 +273,13 @@ def test_the_held_out_loss_is_known_before_and_after(base, data, cache, tmp_path
     assert err.index("step 0 eval/loss") < err.index("step 1/")
 
 
+@pytest.mark.parametrize("train, lr, warned", [("lora", 2e-5, True), ("lora", 2e-4, False), ("all", 2e-5, False)])
+def test_who_trains_adapters_at_the_rate_of_whole_models_is_told(base, data, tmp_path, capsys, train, lr, warned):
+    more = ("--rows", "8", "--train", train, "--optimizer.peak-lr", str(lr), "--dry-run")
+    assert cli.main(words(base, data, tmp_path, *more)) == 0
+    assert ("is little for adapters" in capsys.readouterr().err) == warned
+
+
 def test_one_step_is_a_run_and_nothing_held_out_is_said(base, data, cache, tmp_path):
     """Of six different dialogues a hundredth is none: there is no loss to show, and no empty line in its place."""
     flags = ["--data.held-out", "0.01", "--epochs", "1", "--rows", "8", "--loop.eval-every", "1"]
