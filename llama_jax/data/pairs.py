@@ -1,8 +1,9 @@
-"""Preferences to batches of pairs (paper 3.2.2: 512 pairs, 1024 rows, one epoch), and the statistics of the paper's Table 6.
+"""Preferences to batches of pairs (paper 3.2.2: 512 pairs, one epoch), and the statistics of the paper's Table 6.
 
-Every answer stands behind its prompt in a row of its own; both rows of a pair are in the same place of the same batch. An
-epoch shows no pair twice, since the paper found that more of the same makes a reward model overfit; its last batch is
-filled up with places that hold no pair.
+A batch has a fixed number of pairs. The two dialogues of a pair stand one behind the other in the same row, and a row holds
+as many pairs as have room in it: dialogues are of very different lengths (the paper's mean is 600 tokens, its context 4096).
+Every dialogue is a segment of its own. An epoch shows no pair twice, since the paper found that more of the same makes a
+reward model overfit; its last batch is smaller.
 """
 
 import array
@@ -15,6 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from llama_jax.data.dialogues import Skipped, open_rows
+from llama_jax.data.examples import best_fit
 from llama_jax.data.pipeline import own_rows
 from llama_jax.data.preferences import (
     EncodedPair,
@@ -31,6 +33,7 @@ from llama_jax.errors import UserError
 from llama_jax.text.chat import Template
 from llama_jax.text.tokenizer import Tokenizer
 
+MOST_IN_ROW = 32  # pairs
 UNKNOWN = -1  # a strength or a safety label that the source does not give
 
 
@@ -210,16 +213,26 @@ def load_pairs(config: PreferenceConfig, tokenizer: Tokenizer, template: Templat
 
 
 class PairBatch(NamedTuple):
-    """Places for pairs, one process's share of a global batch; B counts pairs."""
+    """Rows of pairs, one process's share of a global batch; K counts the places for pairs in a row."""
 
-    chosen_BT: np.ndarray  # int32, padded on the right
-    rejected_BT: np.ndarray  # int32
-    chosen_last_B: np.ndarray  # int32, place of the last token
-    rejected_last_B: np.ndarray  # int32
-    strength_B: np.ndarray  # int32, `Strength` or UNKNOWN
-    chosen_safe_B: np.ndarray  # int32, 1, 0 or UNKNOWN
-    rejected_safe_B: np.ndarray  # int32
-    pair_mask_B: np.ndarray  # bool, False where the place holds no pair
+    tokens_BT: np.ndarray  # int32, padded on the right
+    segment_ids_BT: np.ndarray  # int32, another number for every dialogue of a row, 0 for padding
+    chosen_last_BK: np.ndarray  # int32, where each chosen dialogue's last token stands
+    rejected_last_BK: np.ndarray  # int32
+    strength_BK: np.ndarray  # int32, `Strength` or UNKNOWN
+    chosen_safe_BK: np.ndarray  # int32, 1, 0 or UNKNOWN
+    rejected_safe_BK: np.ndarray  # int32
+    pair_mask_BK: np.ndarray  # bool, False where the place holds no pair
+
+
+class BatchShape(NamedTuple):
+    """The shape of a global batch."""
+
+    rows: int
+    length: int
+    """Tokens in a row."""
+    places: int
+    """For pairs, in a row."""
 
 
 class BatchCursor(NamedTuple):
@@ -233,7 +246,7 @@ class PairOrder:
     """How pairs are drawn into batches: a function of the pairs and the seed, epoch by epoch."""
 
     pairs: Pairs
-    rows: int
+    count: int
     """Pairs in a global batch."""
     seed: int = 0
     weights: tuple[float, ...] = ()
@@ -263,8 +276,8 @@ class PairOrder:
 
     @property
     def batches(self) -> int:
-        """Batches in an epoch, the last of which may have places without a pair."""
-        return -(-sum(self.drawn) // self.rows)
+        """Batches in an epoch, the last of which may be smaller."""
+        return -(-sum(self.drawn) // self.count)
 
     def epoch(self, epoch: int) -> np.ndarray:
         """The numbers of an epoch's pairs in random order, none of them twice."""
@@ -276,10 +289,20 @@ class PairOrder:
         drawn = np.concatenate(parts)
         return drawn[_order(len(drawn), self.seed, 1, epoch)]
 
+    def shape(self, epochs: int, length: int, multiple: int) -> BatchShape:
+        """What every batch of so many epochs fits into: rows of `length` tokens, as many as a multiple of `multiple`."""
+        packed = [pack_pairs(self.pairs, part, length) for epoch in range(epochs) for part in self.parts(epoch)]
+        rows = max(map(len, packed))
+        return BatchShape(rows + -rows % multiple, length, max(len(row) for rows in packed for row in rows))
+
+    def parts(self, epoch: int) -> list[np.ndarray]:
+        """The numbers of the pairs in each of an epoch's batches."""
+        return np.split(self.epoch(epoch), np.arange(1, self.batches) * self.count)
+
 
 def pair_batches(
     order: PairOrder,
-    length: int,
+    shape: BatchShape,
     *,
     cursor: BatchCursor | None = None,
     process_index: int = 0,
@@ -288,45 +311,45 @@ def pair_batches(
     """Gives training batches without end, each with the cursor from which the batch after it can be made again.
 
     Each process gets its equal, contiguous share of every global batch.
-    Raises UserError for batches that the processes do not divide.
+    Raises UserError for rows that the processes do not divide.
     """
-    own = own_rows(order.rows, process_index, process_count)
+    own = own_rows(shape.rows, process_index, process_count)
     first = (cursor or BatchCursor()).batch
 
     def stream() -> Iterator[tuple[PairBatch, BatchCursor]]:
         for epoch in itertools.count(first // order.batches):
-            numbers = order.epoch(epoch)
-            for batch in range(first % order.batches if epoch == first // order.batches else 0, order.batches):
-                chosen = numbers[batch * order.rows : (batch + 1) * order.rows]
-                yield (
-                    make_pair_batch(order.pairs, chosen[own.start : own.stop], len(own), length),
-                    BatchCursor(epoch * order.batches + batch + 1),
-                )
+            for batch, numbers in enumerate(order.parts(epoch), start=1 + epoch * order.batches):
+                if batch > first:
+                    packed = pack_pairs(order.pairs, numbers, shape.length)
+                    yield make_pair_batch(order.pairs, packed, shape, own), BatchCursor(batch)
 
     return stream()
 
 
-def held_out_pair_batches(
-    pairs: Pairs, numbers: Sequence[int], length: int, *, rows: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[PairBatch]:
-    """Gives the pairs of these numbers once, in their order; the last batch is filled with places that hold none."""
-    own = own_rows(rows, process_index, process_count)
-    for start in range(0, len(numbers), rows):
-        chosen = numbers[start : start + rows]
-        yield make_pair_batch(pairs, chosen[own.start : own.stop], len(own), length)
+def pack_pairs(pairs: Pairs, numbers: np.ndarray, length: int) -> list[list[int]]:
+    """Puts the pairs of these numbers into rows of `length` tokens, both dialogues of a pair in the same one."""
+    # No pair counts as less than a 32nd of a row, so that no row needs places for more than 32.
+    sizes = np.maximum(pairs.lengths[numbers].sum(1), -(-length // MOST_IN_ROW))
+    return [[int(numbers[i]) for i in row] for row in best_fit(sizes.tolist(), length)]
 
 
-def make_pair_batch(pairs: Pairs, numbers: Sequence[int], rows: int, length: int) -> PairBatch:
-    """Lays out pairs, one in each place; what is left of `rows` places holds none."""
-    sides = np.zeros((2, rows, length), np.int32)
-    last = np.zeros((2, rows), np.int32)
-    strength, safe = np.full(rows, UNKNOWN, np.int32), np.full((2, rows), UNKNOWN, np.int32)
-    for place, number in enumerate(numbers):
-        for side, ids in enumerate(pairs[number]):
-            sides[side, place, : len(ids)] = ids
-            last[side, place] = len(ids) - 1
-        strength[place], safe[:, place] = pairs.strength[number], pairs.safe[number]
-    return PairBatch(*sides, *last, strength, *safe, np.arange(rows) < len(numbers))
+def make_pair_batch(pairs: Pairs, packed: Sequence[Sequence[int]], shape: BatchShape, own: range) -> PairBatch:
+    """Lays out this process's own rows of a global batch; what is left of rows and places holds no pair."""
+    tokens, segments = (np.zeros((len(own), shape.length), np.int32) for _ in range(2))
+    last, safe = (
+        np.zeros((2, len(own), shape.places), np.int32),
+        np.full((2, len(own), shape.places), UNKNOWN, np.int32),
+    )
+    strength, mask = np.full((len(own), shape.places), UNKNOWN, np.int32), np.zeros((len(own), shape.places), bool)
+    for r, numbers in enumerate(packed[own.start : own.stop]):
+        start = 0
+        for k, number in enumerate(numbers):
+            for side, ids in enumerate(pairs[number]):
+                at = slice(start, start + len(ids))
+                tokens[r, at], segments[r, at] = ids, 2 * k + side + 1
+                start, last[side, r, k] = at.stop, at.stop - 1
+            strength[r, k], safe[:, r, k], mask[r, k] = pairs.strength[number], pairs.safe[number], True
+    return PairBatch(tokens, segments, *last, strength, *safe, mask)
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:

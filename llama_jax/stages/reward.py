@@ -27,6 +27,7 @@ from llama_jax.conversion.source import TOKENIZER
 from llama_jax.data.pairs import (
     UNKNOWN,
     BatchCursor,
+    BatchShape,
     LoadedPairs,
     PairBatch,
     PairOrder,
@@ -34,11 +35,13 @@ from llama_jax.data.pairs import (
     PreferenceConfig,
     agreement,
     evenly_spaced,
-    held_out_pair_batches,
     load_pairs,
+    make_pair_batch,
+    pack_pairs,
     pair_batches,
     statistics,
 )
+from llama_jax.data.pipeline import own_rows
 from llama_jax.errors import UserError
 from llama_jax.generation.rewards import Findings, accuracy_of, length_correlation, warnings_of
 from llama_jax.model.heads import (
@@ -84,9 +87,9 @@ class RewardConfig:
     epochs: int = 1
     """Passes over the pairs; more made the paper's models overfit."""
     pairs: int = 512
-    """Pairs in a global batch, each two rows."""
+    """Pairs in a global batch."""
     length: int = 0
-    """Tokens in a row; 0: what the longest dialogue needs, at most the model's context."""
+    """Most tokens of a dialogue; 0: the model's context."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(peak_lr=1e-5, warmup_steps=0))
     """AdamW and its schedule; a warm-up of 0 means the paper's 3% of the steps, at least 5."""
     compute: Compute = field(default_factory=Compute)
@@ -130,7 +133,7 @@ class Run:
     tokenizer: Tokenizer
     loaded: LoadedPairs
     order: PairOrder
-    length: int
+    shape: BatchShape
     total_steps: int
     mesh: Mesh
     schedule: OptimizerConfig
@@ -181,10 +184,10 @@ def prepare(config: RewardConfig, mesh: Mesh) -> Run:
     """
     if not config.checkpoint:
         raise UserError("name the model to begin with: llama-jax reward CHECKPOINT --data PAIRS.jsonl")
-    if config.epochs < 1 or config.pairs < 1:
-        raise UserError(f"--epochs {config.epochs} and --pairs {config.pairs} must both be 1 or more")
-    if config.micro_batches < 1 or config.pairs % config.micro_batches:
-        raise UserError(f"--micro-batches {config.micro_batches} does not divide the {config.pairs} pairs of a batch")
+    if min(config.epochs, config.pairs, config.micro_batches) < 1:
+        raise UserError(
+            f"--epochs {config.epochs}, --pairs {config.pairs} and --micro-batches {config.micro_batches} must be 1 or more"
+        )
     if not all(math.isfinite(value) and value >= 0 for value in (*config.margins, config.safety_weight)):
         raise UserError(f"--margins {config.margins} and --safety-weight {config.safety_weight} must be 0 or more")
     checkpoint = pinned(config.checkpoint)
@@ -199,19 +202,17 @@ def prepare(config: RewardConfig, mesh: Mesh) -> Run:
     loaded = load_pairs(config.data, tokenizer, template, config.length or context)
     if config.safety_weight and (loaded.train.safe == UNKNOWN).all():
         raise UserError("--safety-weight is for pairs with safety labels (`safety`), and none here has one")
-    length = config.length or min(context, longest(loaded) + -longest(loaded) % (64 * ways("length")))
-    check_divides(mesh_sizes(mesh), opened.config, config.pairs // config.micro_batches, length)
     order = PairOrder(loaded.train, config.pairs, config.seed, config.data.weights)
+    longest = max(int(pairs.lengths.sum(1).max()) for pairs in loaded[:3] if len(pairs))
+    # Our choice: a row is as long as the longest pair, whose two dialogues stand one behind the other.
+    length = longest + -longest % (128 * ways("length"))
+    shape = order.shape(config.epochs, length, ways("batch") * config.micro_batches)
+    check_divides(mesh_sizes(mesh), opened.config, shape.rows // config.micro_batches, length)
     total_steps = config.epochs * order.batches
     schedule = warmed_up(config.optimizer, total_steps)
     model = trunk_config(opened.config)
     optimizer = make_optimizer(schedule, describe_reward_model(model), total_steps)
-    return Run(config, checkpoint, model, tokenizer, loaded, order, length, total_steps, mesh, schedule, optimizer)
-
-
-def longest(loaded: LoadedPairs) -> int:
-    """Tokens of the longest dialogue."""
-    return max(int(pairs.lengths.max()) for pairs in loaded[:3] if len(pairs))
+    return Run(config, checkpoint, model, tokenizer, loaded, order, shape, total_steps, mesh, schedule, optimizer)
 
 
 def warmed_up(config: OptimizerConfig, total_steps: int) -> OptimizerConfig:
@@ -229,7 +230,7 @@ def fingerprint(pairs: Pairs) -> str:
 
 def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> TrainState:
     """Feeds the batches behind the newest checkpoint's cursor to the loop, on the ambient mesh; gives the last state."""
-    config, mesh = prepared.config, prepared.mesh
+    config, mesh, shape = prepared.config, prepared.mesh, prepared.shape
     compiled, plan = compile_step(prepared)
     say(banner(prepared, plan))
     state, cursor = begin(prepared, checkpoints)
@@ -244,11 +245,11 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
     return fit(
         state,
         compiled,
-        pair_batches(prepared.order, prepared.length, cursor=cursor, **share_of_process(mesh, config.pairs)),
+        pair_batches(prepared.order, shape, cursor=cursor, **share_of_process(mesh, shape.rows)),
         model=prepared.model,
         mesh=mesh,
-        rows=config.pairs,
-        length=prepared.length,
+        rows=shape.rows,
+        length=shape.length,
         total_steps=prepared.total_steps,
         loop=config.loop,
         schedule=learning_rate(prepared.schedule, prepared.total_steps),
@@ -256,7 +257,6 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
         save=save,
         evaluate=evaluate,
         evaluate_first=True,
-        sequences_per_row=2,
     )
 
 
@@ -294,9 +294,10 @@ def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
         micro_batches=config.micro_batches,
         layout=jax.tree.map(lambda leaf: leaf.sharding, state),
     )
-    rows = jax.ShapeDtypeStruct((config.pairs, prepared.length), jnp.int32, sharding=sharding(mesh, "batch", "length"))
-    one = jax.ShapeDtypeStruct((config.pairs,), jnp.int32, sharding=sharding(mesh, "batch"))
-    batch = PairBatch(rows, rows, *[one] * 5, one.update(dtype=jnp.bool_))
+    shape = prepared.shape
+    tokens = jax.ShapeDtypeStruct((shape.rows, shape.length), jnp.int32, sharding=sharding(mesh, "batch", "length"))
+    places = jax.ShapeDtypeStruct((shape.rows, shape.places), jnp.int32, sharding=sharding(mesh, "batch", None))
+    batch = PairBatch(tokens, tokens, *[places] * 5, places.update(dtype=jnp.bool_))
     return compiling.compile_step(train_step, mesh, prepared.model.n_params, state, batch)
 
 
@@ -321,27 +322,33 @@ class Evaluation:
 
     def findings(self, model: RewardModel, numbers: np.ndarray) -> tuple[Findings, np.ndarray]:
         """What the scores (n, 2) of the held-out pairs of these numbers come to, and the scores."""
-        pairs = self._prepared.loaded.held_out
-        scores, few = self.scores(model, pairs, numbers), numbers[: self._rows]
-        change = np.abs(self.scores(model, pairs, few, left=True) - scores[: len(few)]).max()
+        pairs, few = self._prepared.loaded.held_out, numbers[: self._rows]
+        scores = self.scores(model, pairs, pack_pairs(pairs, numbers, self._prepared.shape.length))[numbers]
+        alone = self.scores(model, pairs, [[int(number)] for number in few], left=True)[few]
+        change = np.abs(alone - scores[: len(few)]).max()
         follows = length_correlation(scores, pairs.answers[numbers])
         return Findings(len(scores), accuracy_of(scores), follows, float(change / max(scores.std(), 1e-9))), scores
 
-    def scores(self, model: RewardModel, pairs: Pairs, numbers: np.ndarray, left: bool = False) -> np.ndarray:
-        """Scores, float32 (n, 2), of the pairs of these numbers; the chosen answers' first."""
-        mesh, rows = self._prepared.mesh, self._rows
-        share = share_of_process(mesh, rows)
-        batches = held_out_pair_batches(pairs, numbers, self._prepared.length, rows=rows, **share)
-        parts = [np.asarray(self._scores(model, to_devices(mesh, batch, rows), left=left)) for batch in batches]
-        return np.concatenate([np.zeros((0, 2), np.float32), *parts])[: len(numbers)]
+    def scores(self, model: RewardModel, pairs: Pairs, packed: list[list[int]], left: bool = False) -> np.ndarray:
+        """Scores, float32 (pairs, 2), the chosen answers' first, of the pairs in these rows; nan of all others."""
+        mesh, scores = self._prepared.mesh, np.full((len(pairs), 2), np.nan, np.float32)
+        shape = BatchShape(self._rows, self._prepared.shape.length, max(map(len, packed), default=0))
+        own = own_rows(shape.rows, **share_of_process(mesh, shape.rows))
+        for start in range(0, len(packed), shape.rows):
+            rows = packed[start : start + shape.rows]
+            batch = to_devices(mesh, make_pair_batch(pairs, rows, shape, own), shape.rows)
+            got_BK2 = np.asarray(self._scores(model, batch, left=left))
+            for row, numbers in enumerate(rows):
+                scores[numbers] = got_BK2[row, : len(numbers)]
+        return scores
 
     @property
     def _rows(self) -> int:
-        return self._prepared.config.pairs // self._prepared.config.micro_batches
+        return self._prepared.shape.rows // self._prepared.config.micro_batches
 
 
 def _on_every_device(model: RewardModel, batch: PairBatch, compute: Compute, left: bool) -> jax.Array:
-    return constrain(pair_scores(model, batch, compute, left), None, None)
+    return constrain(pair_scores(model, batch, compute, left), None, None, None)
 
 
 def write_findings(prepared: Run, model: RewardModel) -> list[str]:
@@ -352,7 +359,8 @@ def write_findings(prepared: Run, model: RewardModel) -> list[str]:
     names, findings, scores = [found.source for found in loaded.found], None, np.zeros((0, 2), np.float32)
     if len(loaded.held_out):
         findings, scores = evaluate.findings(model, np.arange(len(loaded.held_out)))
-    tested = evaluate.scores(model, loaded.tests, np.arange(len(loaded.tests)))
+    everything = np.arange(len(loaded.tests))
+    tested = evaluate.scores(model, loaded.tests, pack_pairs(loaded.tests, everything, prepared.shape.length))
     trained = names[: len(loaded.train.sizes)]
     known = {
         "findings": findings and dataclasses.asdict(findings),
@@ -400,14 +408,14 @@ def scored_lines(kind: str, sources: Sequence[str], pairs: Pairs, scores: np.nda
 def banner(prepared: Run, plan: dict[str, Any]) -> str:
     """The plan for people."""
     config, known = prepared.config, compiling.describe_plan(plan)
-    drawn, held_out = sum(prepared.order.drawn), len(prepared.loaded.held_out)
+    shape, drawn, held_out = prepared.shape, sum(prepared.order.drawn), len(prepared.loaded.held_out)
     return "\n".join(
         [
             f"devices     {known['devices']}",
             f"model       {prepared.model.n_params:,} parameters from {config.checkpoint}, under a scalar head",
             f"data        {', '.join(config.data.sources)}: {drawn:,} pairs an epoch, {held_out:,} held out",
-            f"steps       {prepared.total_steps:,}: {config.epochs} epochs in batches of {config.pairs} pairs, "
-            f"rows of {prepared.length} tokens; warm-up {prepared.schedule.warmup_steps}",
+            f"steps       {prepared.total_steps:,}: {config.epochs} epochs in batches of {config.pairs} pairs, in "
+            f"{shape.rows} rows of {shape.length} tokens; warm-up {prepared.schedule.warmup_steps}",
             f"loss        margins {', '.join(f'{margin:.3g}' for margin in config.margins)}; weight of safety labels "
             f"{config.safety_weight:g}",
             f"memory      {known['memory']}",

@@ -2,6 +2,8 @@
 
 from typing import TypeVar
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.parallel.mesh import batch_rows_of_process, global_array
@@ -16,6 +18,10 @@ def share_of_process(mesh: Mesh, rows: int) -> dict[str, int]:
 
 
 def to_devices(mesh: Mesh, batch: AnyBatch, rows: int) -> AnyBatch:
-    """Puts this process's rows of a global batch of `rows`, arrays (B, T) or (B,), onto its devices."""
-    axes = ("batch", "length")
-    return type(batch)(*(global_array(mesh, array, *axes[: array.ndim], rows=rows) for array in batch))
+    """Puts this process's rows of a global batch of `rows` onto its devices, as the axes in the arrays' names say."""
+    axes = {"B": "batch", "T": "length"}
+
+    def place(name: str, array: np.ndarray) -> jax.Array:
+        return global_array(mesh, array, *map(axes.get, name.rpartition("_")[2]), rows=rows)
+
+    return type(batch)(*map(place, batch._fields, batch))

@@ -64,7 +64,6 @@ def fit(
     save: Callable[[TrainState, Cursor], None],
     evaluate: Callable[[TrainState], dict[str, float]],
     evaluate_first: bool = False,
-    sequences_per_row: int = 1,
 ) -> TrainState:
     """Trains until `total_steps`, from wherever `state` stands.
 
@@ -75,7 +74,7 @@ def fit(
       train_step: from `make_train_step`.
       batches: this process's rows of the batches that come after `state.step`, and the cursor behind each.
       model: the architecture, for FLOPs.
-      rows: of the global batch.
+      rows: sequences of the global batch.
       length: tokens of a sequence.
       mesh: where the batches go.
       total_steps: step at which training is done.
@@ -85,7 +84,6 @@ def fit(
       save: starts a checkpoint.
       evaluate: scores of a state, under their log names.
       evaluate_first: also before the first step, where `loop` asks for evaluations at all.
-      sequences_per_row: 2 where a row is a pair of answers.
 
     Raises:
       Diverged: three steps in a row were not finite.
@@ -93,7 +91,7 @@ def fit(
     """
     start = int(state.step)
     log = MetricsLog(folder, start or -1)  # a run that begins again has logged nothing, step 0 included
-    clock = Clock(model, rows * sequences_per_row * length, length, start, total_steps)
+    clock = Clock(model, rows * length, length, start, total_steps)
     pending: tuple[int, StepMetrics] | None = None
 
     def report() -> None:

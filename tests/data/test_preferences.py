@@ -12,12 +12,13 @@ from llama_jax.data.dialogues import Skipped, open_rows
 from llama_jax.data.pairs import (
     UNKNOWN,
     BatchCursor,
+    BatchShape,
     PairOrder,
     PreferenceConfig,
     agreement,
     evenly_spaced,
-    held_out_pair_batches,
     load_pairs,
+    pack_pairs,
     pair_batches,
     statistics,
 )
@@ -281,69 +282,84 @@ def test_labels_arrive_and_are_unknown_where_the_source_is_silent(loaded):
     assert sum(shares[name.name.lower()] for name in Strength) == pytest.approx(1)
 
 
-def numbers_of(order, batches):
-    """Which pairs are in batches, by looking their chosen ids up; of places without a pair none."""
-    ids = {tuple(order.pairs[number][0]): number for number in range(len(order.pairs))}
-    return [
-        [ids[tuple(row[: end + 1])] for row, end, real in zip(b.chosen_BT, b.chosen_last_B, b.pair_mask_B, strict=True) if real]
-        for b in batches
-    ]  # fmt: skip
+def numbers_of(order, batch) -> list[int]:
+    """Which pairs are in a batch, by looking the ids of both their dialogues up."""
+    known = {(tuple(a), tuple(b)): n for n, (a, b) in enumerate(map(order.pairs.__getitem__, range(len(order.pairs))))}
+    found = []
+    for r, k in zip(*np.nonzero(batch.pair_mask_BK), strict=True):
+        sides = []
+        for last in (batch.chosen_last_BK[r, k], batch.rejected_last_BK[r, k]):
+            own = batch.segment_ids_BT[r] == batch.segment_ids_BT[r, last]
+            assert own.nonzero()[0][-1] == last  # the last token of its dialogue
+            sides.append(tuple(batch.tokens_BT[r, own]))
+        found.append(known[tuple(sides)])
+    return found
+
+
+def labels_of(batch) -> list[tuple]:
+    labels = (batch.strength_BK, batch.chosen_safe_BK, batch.rejected_safe_BK)
+    return list(zip(*(array[batch.pair_mask_BK].tolist() for array in labels), strict=True))
 
 
 def test_an_epoch_shows_every_pair_once_and_the_next_another_order(loaded):
-    order = PairOrder(loaded.train, rows=8, seed=1)
-    stream = [batch for batch, _ in itertools.islice(pair_batches(order, 64), 2 * order.batches)]
-    first, second = (
-        list(itertools.chain(*numbers_of(order, part))) for part in (stream[: order.batches], stream[order.batches :])
-    )
+    order = PairOrder(loaded.train, count=8, seed=1)
+    shape = order.shape(2, 128, 2)
+    stream = [batch for batch, _ in itertools.islice(pair_batches(order, shape), 2 * order.batches)]
+    numbers = [numbers_of(order, batch) for batch in stream]
+    first, second = (list(itertools.chain(*part)) for part in (numbers[: order.batches], numbers[order.batches :]))
     assert sorted(first) == sorted(second) == list(range(len(loaded.train))) and first != second
-    for batch, numbers in zip(stream, numbers_of(order, stream), strict=True):
-        real, pairs = batch.pair_mask_B, order.pairs
-        assert batch.strength_B[real].tolist() == pairs.strength[numbers].tolist()
-        labels = np.stack([batch.chosen_safe_B, batch.rejected_safe_B], 1)
-        assert labels[real].tolist() == pairs.safe[numbers].tolist() and (labels[~real] == UNKNOWN).all()
-        for ids, last in ((batch.chosen_BT, batch.chosen_last_B), (batch.rejected_BT, batch.rejected_last_B)):
-            real = np.arange(64) <= last[:, None]
-            assert not ids[~real].any()
+    assert {len(own) for own in numbers[: order.batches - 1]} == {8}
+    pairs = order.pairs
+    for batch, own in zip(stream, numbers, strict=True):
+        assert labels_of(batch) == [(pairs.strength[n], *pairs.safe[n]) for n in own]
+        assert not batch.tokens_BT[batch.segment_ids_BT == 0].any()
+        assert (batch.strength_BK[~batch.pair_mask_BK] == UNKNOWN).all()
+        assert batch.tokens_BT.shape == shape[:2] and batch.pair_mask_BK.shape == (shape.rows, shape.places)
+
+
+def test_rows_hold_as_many_pairs_as_have_room_and_as_few_as_a_batch_needs(loaded):
+    pairs, numbers = loaded.train, np.arange(len(loaded.train))
+    longest = int(pairs.lengths.sum(1).max())
+    assert [len(row) for row in pack_pairs(pairs, numbers, longest)] == [1] * len(pairs)
+    packed = pack_pairs(pairs, numbers, 3 * longest)
+    assert sorted(itertools.chain(*packed)) == numbers.tolist() and len(packed) <= -(-len(pairs) // 3)
+    assert all(pairs.lengths[row].sum() <= 3 * longest for row in packed)
+    assert max(map(len, pack_pairs(pairs, np.repeat(numbers, 9), 10**5))) == 32
+    shape = PairOrder(pairs, count=8).shape(1, 3 * longest, 4)
+    assert shape == BatchShape(4, 3 * longest, 3)
 
 
 def test_any_cursor_and_any_process_count_gives_the_same_pairs(loaded):
-    order = PairOrder(loaded.train, rows=8, seed=1)
-    whole = list(itertools.islice(pair_batches(order, 64), 9))
+    order = PairOrder(loaded.train, count=8, seed=1)
+    shape = order.shape(2, 128, 2)
+    whole = list(itertools.islice(pair_batches(order, shape), 9))
     for start in (1, order.batches - 1, order.batches, 6):
         for (batch, cursor), (ours, our_cursor) in zip(
-            whole[start:], pair_batches(order, 64, cursor=BatchCursor(start)), strict=False
+            whole[start:], pair_batches(order, shape, cursor=BatchCursor(start)), strict=False
         ):
-            assert cursor == our_cursor and all(np.array_equal(a, b) for a, b in zip(batch, ours, strict=True))
-    shares = [pair_batches(order, 64, process_index=i, process_count=2) for i in range(2)]
+            assert cursor == our_cursor and all(map(np.array_equal, batch, ours))
+    shares = [pair_batches(order, shape, process_index=i, process_count=2) for i in range(2)]
     for (batch, _), (a, _), (b, _) in itertools.islice(zip(whole, *shares, strict=False), 9):
-        assert all(
-            np.array_equal(w, np.concatenate(both)) for w, both in zip(batch, zip(a, b, strict=True), strict=True)
-        )
+        assert all(map(np.array_equal, batch, map(np.concatenate, zip(a, b, strict=True))))
 
 
 def test_weights_are_shares_of_the_pairs_and_nothing_is_seen_twice(loaded):
     pairs = loaded.train
     a, b = pairs.sizes
-    order = PairOrder(pairs, rows=4, weights=(1, 1))
+    order = PairOrder(pairs, count=4, weights=(1, 1))
     assert order.drawn == (min(a, b),) * 2
     drawn = order.epoch(0)
     assert len(set(drawn)) == len(drawn) == 2 * min(a, b) and (drawn < a).sum() == min(a, b)
     assert set(drawn[drawn < a]) != set(range(min(a, b)))  # from all of the source, not from its beginning
     assert set(drawn) != set(order.epoch(1))
-    assert PairOrder(pairs, rows=4, weights=(90, 10)).drawn == (a, round(a / 9))
+    assert PairOrder(pairs, count=4, weights=(90, 10)).drawn == (a, round(a / 9))
     with pytest.raises(UserError, match="1 weights for 2 sources"):
-        PairOrder(pairs, rows=4, weights=(1,))
+        PairOrder(pairs, count=4, weights=(1,))
 
 
-def test_held_out_pairs_come_once_in_order(loaded):
-    numbers = evenly_spaced(len(loaded.train), 10)
-    batches = list(held_out_pair_batches(loaded.train, numbers, 64, rows=4))
-    assert (
-        list(itertools.chain(*numbers_of(PairOrder(loaded.train, 4), batches))) == numbers.tolist()
-        and len(batches) == 3
-    )
-    assert len(set(numbers)) == 10 and evenly_spaced(3, 0).tolist() == [0, 1, 2]
+def test_numbers_are_evenly_spaced():
+    assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7] and evenly_spaced(3, 0).tolist() == [0, 1, 2]
+    assert evenly_spaced(3, 5).tolist() == [0, 1, 2] and not len(evenly_spaced(0, 5))
 
 
 def test_statistics_are_those_of_the_papers_table(tmp_path, tokenizer):

@@ -250,8 +250,7 @@ def test_the_verb_reports_and_dry_runs(recipe, trained, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"checkpoint": ""}, "name the model to begin with"),
-        ({"pairs": 0}, "--epochs 1 and --pairs 0 must both be 1 or more"),
-        ({"micro_batches": 5}, "--micro-batches 5 does not divide the 32 pairs"),
+        ({"pairs": 0}, "--epochs 1, --pairs 0 and --micro-batches 1 must be 1 or more"),
         ({"length": 1000}, "--length 1000 is more than the model's context of 128"),
         ({"margins": (1.0, float("nan"), 0.0, 0.0)}, "must be 0 or more"),
         ({"safety_weight": 1.0}, "--safety-weight is for pairs with safety labels"),

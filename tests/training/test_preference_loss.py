@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from llama_jax.data.pairs import UNKNOWN, PairBatch
-from llama_jax.model.heads import describe_reward_model, with_scalar_head
-from llama_jax.parallel.mesh import global_array, make_mesh, sharding
+from llama_jax.data.pairs import UNKNOWN, BatchShape, PairBatch, Pairs, make_pair_batch
+from llama_jax.model.heads import describe_reward_model, score, with_scalar_head
+from llama_jax.parallel.mesh import make_mesh, sharding
 from llama_jax.training import preference_loss
+from llama_jax.training.batches import to_devices
 from llama_jax.training.preference_loss import (
     LARGE_MARGINS,
     NO_MARGINS,
@@ -23,7 +24,8 @@ from llama_jax.training.step import make_train_step, new_state
 from tests.parity.numpy_llama import random_weights, to_ours
 from tests.training.tiny import FP32, MODEL, relative_error
 
-PAIRS, LENGTH = 8, 16
+PACKED = [[0, 1], [2], [3, 4], [5]]  # of which row holds which pairs
+PAIRS, LENGTH = 6, 64
 jitted = jax.jit(pair_scores, static_argnums=(2, 3))
 
 # Its moments are the gradient itself, so that gradients can be compared without Adam's division.
@@ -37,29 +39,39 @@ def model():
     return with_scalar_head(to_ours(random_weights(MODEL, seed=0), MODEL), jax.random.key(0))
 
 
-def batch(seed: int = 0) -> PairBatch:
-    """Every strength and label, dialogues of all lengths, and two places without a pair."""
-    random = np.random.default_rng(seed)
-    ids = random.integers(3, MODEL.vocab_size, (2, PAIRS, LENGTH)).astype(np.int32)
-    last = random.integers(2, LENGTH, (2, PAIRS)).astype(np.int32)
-    ids[np.arange(LENGTH) > last[..., None]] = 0
-    strength = np.array([UNKNOWN, 0, 1, 2, 3, 3, 2, 0], np.int32)
-    safe = np.array([[1, 1, 0, UNKNOWN, 1, 0, 1, 1], [0, 1, 0, UNKNOWN, UNKNOWN, 0, 1, 1]], np.int32)
-    return PairBatch(*ids, *last, strength, *safe, np.arange(PAIRS) < PAIRS - 2)
+def pairs() -> Pairs:
+    """Every strength and label, dialogues of all lengths."""
+    random = np.random.default_rng(0)
+    sizes = random.integers(3, 16, 2 * PAIRS)
+    ids = random.integers(3, MODEL.vocab_size, sizes.sum())
+    none = np.zeros(PAIRS, np.int32)
+    strength = np.array([UNKNOWN, 0, 1, 2, 3, 3], np.int8)
+    safe = np.array([[1, 0], [1, 1], [0, 0], [UNKNOWN, UNKNOWN], [1, UNKNOWN], [0, 0]], np.int8)
+    return Pairs(ids, np.cumsum([0, *sizes]), np.stack([none, none], 1), none, none, strength, safe, (PAIRS,))
+
+
+def batch(packed=PACKED, length: int = LENGTH, places: int = 2) -> PairBatch:
+    """Rows of unequally many pairs, and two places without one."""
+    return make_pair_batch(pairs(), packed, BatchShape(len(packed), length, places), range(len(packed)))
+
+
+def in_order(by_place, packed=PACKED) -> np.ndarray:
+    """What belongs to each pair, from what belongs to each place."""
+    return np.stack([np.asarray(by_place)[r, k] for r, row in enumerate(packed) for k in range(len(row))])
 
 
 def by_numpy(scores, data: PairBatch, margins, safety_weight):
     """Ranking loss, whole loss and accuracy, in float64, pair by pair."""
     losses, ranking, right = [], [], []
-    for pair in np.flatnonzero(data.pair_mask_B):
+    for pair in zip(*np.nonzero(data.pair_mask_BK), strict=True):
         chosen, rejected = map(float, scores[pair])
-        strength = int(data.strength_B[pair])
+        strength = int(data.strength_BK[pair])
         margin = 0.0 if strength == UNKNOWN else margins[3 - strength]
         ranking.append(-np.log(1 / (1 + np.exp(-(chosen - rejected - margin)))))
         right.append(chosen > rejected)
         safety = 0.0
-        for score, label in ((chosen, data.chosen_safe_B[pair]), (rejected, data.rejected_safe_B[pair])):
-            probability = 1 / (1 + np.exp(-score))
+        for given, label in ((chosen, data.chosen_safe_BK[pair]), (rejected, data.rejected_safe_BK[pair])):
+            probability = 1 / (1 + np.exp(-given))
             safety -= 0.0 if label == UNKNOWN else 0.5 * np.log(probability if label else 1 - probability)
         losses.append(ranking[-1] + safety_weight * safety)
     return np.mean(losses), np.mean(ranking), np.mean(right)
@@ -69,9 +81,9 @@ def by_numpy(scores, data: PairBatch, margins, safety_weight):
 @pytest.mark.parametrize("margins", [NO_MARGINS, SMALL_MARGINS, LARGE_MARGINS])
 def test_it_is_the_papers_formula(monkeypatch, margins, safety_weight):
     data = batch()
-    scores = jnp.asarray(np.random.default_rng(2).normal(size=(PAIRS, 2)), jnp.float32)
+    scores = jnp.asarray(np.random.default_rng(2).normal(size=(4, 2, 2)), jnp.float32)
     monkeypatch.setattr(preference_loss, "pair_scores", lambda model, *_: model)
-    weights = data.pair_mask_B / np.float32(data.pair_mask_B.sum())
+    weights = data.pair_mask_BK / np.float32(data.pair_mask_BK.sum())
     got = preferences_objective(margins, safety_weight).sums(scores, data, weights, FP32)
     np.testing.assert_allclose(got, by_numpy(scores, data, margins, safety_weight), rtol=1e-5)
 
@@ -99,8 +111,8 @@ def test_extreme_scores_give_a_finite_loss():
 
 def test_a_place_without_a_pair_reaches_neither_loss_nor_gradient(monkeypatch):
     data = batch()
-    weights = data.pair_mask_B / np.float32(data.pair_mask_B.sum())
-    scores = jnp.asarray(np.random.default_rng(1).normal(size=(PAIRS, 2)), jnp.float32)
+    weights = data.pair_mask_BK / np.float32(data.pair_mask_BK.sum())
+    scores = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2, 2)), jnp.float32)
     monkeypatch.setattr(preference_loss, "pair_scores", lambda model, *_: model)
 
     def of(scores):
@@ -108,29 +120,32 @@ def test_a_place_without_a_pair_reaches_neither_loss_nor_gradient(monkeypatch):
 
     clean, gradient = jax.value_and_grad(of)(scores)
     for poison in (jnp.nan, jnp.inf, -jnp.inf):
-        dirty, dirty_gradient = jax.value_and_grad(of)(scores.at[-2:].set(poison))
+        dirty, dirty_gradient = jax.value_and_grad(of)(jnp.where(data.pair_mask_BK[..., None], scores, poison))
         assert float(dirty) == float(clean)
         np.testing.assert_array_equal(dirty_gradient, gradient)
-    assert not gradient[-2:].any() and gradient[:-2].all()
+    assert not gradient[~data.pair_mask_BK].any() and gradient[data.pair_mask_BK].all()
 
 
 def test_padding_before_a_dialogue_changes_no_score(model):
     data = batch()
-    ours, theirs = (jitted(model, data, FP32, left) for left in (False, True))
+    ours, theirs = (in_order(jitted(model, data, FP32, left)) for left in (False, True))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_each_side_is_scored_as_itself(model):
-    data = batch()
-    swapped = data._replace(
-        chosen_BT=data.rejected_BT,
-        rejected_BT=data.chosen_BT,
-        chosen_last_B=data.rejected_last_B,
-        rejected_last_B=data.chosen_last_B,
-    )
-    ours, theirs = np.asarray(jitted(model, data, FP32)), np.asarray(jitted(model, swapped, FP32))
-    np.testing.assert_allclose(ours, theirs[:, ::-1], rtol=1e-5, atol=1e-6)
-    assert np.abs(ours - theirs).min() > 1e-4
+def test_each_dialogue_is_scored_as_itself_whatever_shares_its_row(model):
+    ours = in_order(jitted(model, batch(), FP32))
+    read = jax.jit(score, static_argnums=4)
+    for number in range(PAIRS):
+        for side, ids in enumerate(pairs()[number]):
+            tokens = np.zeros((1, 16), np.int32)
+            tokens[0, : len(ids)] = ids
+            alone = read(
+                model, tokens, (np.arange(16) < len(ids))[None].astype(np.int32), np.array([[len(ids) - 1]]), FP32
+            )
+            np.testing.assert_allclose(ours[number, side], alone[0, 0], rtol=1e-5, atol=1e-6)
+    other = [[5, 0], [4], [2], [1, 3]]
+    again = np.concatenate([ours[row] for row in other])
+    np.testing.assert_allclose(in_order(jitted(model, batch(other), FP32), other), again, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_reports_what_the_formula_gives_of_the_models_scores(model, whole):
@@ -159,26 +174,24 @@ def assert_equal_steps(ours, theirs) -> None:
     assert relative_error(ours[0], theirs[0]) < 1e-5
     for name in ("loss", "accuracy", "grad_norm"):
         np.testing.assert_allclose(getattr(ours[1], name), getattr(theirs[1], name), rtol=1e-5)
-    assert int(ours[1].targets) == int(theirs[1].targets) == PAIRS - 2
+    assert int(ours[1].targets) == int(theirs[1].targets) == PAIRS
 
 
 def test_micro_batches_change_nothing_though_their_pairs_are_not_equally_many(model, whole):
-    """Of four parts two have two pairs and two have one; the mean of their means would be another."""
+    """Of four parts two have two pairs and two have one; the mean of the parts' means would be another."""
     assert_equal_steps(gradient_of(model, batch(), 4), whole)
 
 
 def test_eight_devices_change_nothing(model, whole):
-    mesh = make_mesh("data=2,fsdp=4")
+    mesh, packed = make_mesh("data=2,fsdp=2,tensor=2"), [[0, 1], [2], [3, 4], [5], [], [], [], []]
+    data = batch(packed)
     with jax.set_mesh(mesh):
         layout = jax.tree.map(lambda p: sharding(mesh, *p.axes), describe_reward_model(MODEL))
-        axes = ("batch", "length")
-        data = PairBatch(*(global_array(mesh, a, *axes[: a.ndim], rows=PAIRS) for a in batch()))
-        got = gradient_of(jax.device_put(model, layout), data)
+        got = gradient_of(jax.device_put(model, layout), to_devices(mesh, data, 8))
         assert got[0].trunk.layers.wq_DNH.sharding.is_equivalent_to(layout.trunk.layers.wq_DNH, 4)
     assert_equal_steps(got, whole)
 
 
-def test_more_padding_changes_no_score(model):
-    data = batch()
-    wider = PairBatch(*(np.pad(a, ((0, 0), (0, 16))) if a.ndim == 2 else a for a in data))
-    np.testing.assert_allclose(jitted(model, wider, FP32), jitted(model, data, FP32), rtol=1e-5, atol=1e-6)
+def test_more_padding_and_more_places_change_no_score(model):
+    wider = in_order(jitted(model, batch(length=96, places=3), FP32))
+    np.testing.assert_allclose(wider, in_order(jitted(model, batch(), FP32)), rtol=1e-5, atol=1e-6)
