@@ -26,6 +26,7 @@ VERBS = {
     "sft": ("training", "fine-tune a model on dialogues: every weight, or low-rank adapters"),
     "ghost-attention": ("training", "dialogues that hold an instruction to the end, to fine-tune on"),
     "reward": ("training", "train a reward model on preferences, for what comes after fine-tuning"),
+    "reject": ("training", "sample answers and keep those a reward model scores best, to fine-tune on"),
     "generate": ("generation", "continue a text with a trained model"),
     "chat": ("generation", "talk with a fine-tuned model, in the terminal or on a pipe"),
     "convert": ("weights", "weights between Hugging Face, Meta, llama2.c and our own form, exactly"),

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -139,13 +139,20 @@ def detect_shape(rows: Rows, spec: str) -> Shape:
     raise UserError(f"{spec} holds no dialogues of a known shape: {found}. Expected one of {known}.")
 
 
-def read_dialogues(rows: Rows, shape: Shape, template: Template, skipped: Skipped) -> Iterator[Dialogue]:
-    """Gives the dialogues of rows that can be encoded with `template`, in order; counts the rest in `skipped`."""
+def read_dialogues(
+    rows: Rows, shape: Shape, template: Template, skipped: Skipped, *, last: Literal["assistant", "user"] = "assistant"
+) -> Iterator[Dialogue]:
+    """Gives the dialogues of rows that can be encoded with `template`, in order; counts the rest in `skipped`.
+
+    With the user `last` they end with a question: an answer that stands behind it is taken away.
+    """
     for index in range(len(rows)):
         skipped.rows += 1
         try:
             dialogue = _read_row(rows[index], shape)
-            check_dialogue(dialogue, template, last="assistant")
+            if last == "user" and dialogue and dialogue[-1].role == "assistant":
+                dialogue = dialogue[:-1]
+            check_dialogue(dialogue, template, last=last)
         except BadDialogue as error:
             skipped.add(error, lambda index=index: rows.place(index))
         else:

@@ -94,6 +94,18 @@ def widen(cache: Cache, slots: int) -> Cache:
     return Cache(*jax.tree.map(wider, (cache.k_LBKSH, cache.v_LBKSH)), cache.length_B)
 
 
+@partial(jax.jit, static_argnames="copies")
+def repeat(cache: Cache, logits_BV: jax.Array, copies: int) -> tuple[Cache, jax.Array]:
+    """Each row of a cache, and the logits behind it, so many times side by side, to be gone on with in different ways."""
+
+    def repeated(x_LBKSH: jax.Array) -> jax.Array:
+        return constrain(jnp.repeat(x_LBKSH, copies, axis=1), *KV_AXES)
+
+    length_B, logits_BV = (jnp.repeat(x, copies, axis=0) for x in (cache.length_B, logits_BV))
+    length_B, logits_BV = constrain(length_B, "batch"), constrain(logits_BV, "batch", None)
+    return Cache(*jax.tree.map(repeated, (cache.k_LBKSH, cache.v_LBKSH)), length_B), logits_BV
+
+
 def extend(model: Transformer, tokens_BT: jax.Array, count_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Reads the first `count_B` of each row's T tokens behind those in the cache.
 

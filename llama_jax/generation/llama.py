@@ -20,7 +20,7 @@ from llama_jax.conversion.convert import Form
 from llama_jax.conversion.load import load_model
 from llama_jax.conversion.source import Overrides
 from llama_jax.errors import UserError
-from llama_jax.generation.cache import Cache, Kept, init_cache, widen
+from llama_jax.generation.cache import Cache, Kept, init_cache, repeat, widen
 from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill
 from llama_jax.generation.scoring import Score, rounded_up, score_tokens
 from llama_jax.generation.session import Chat
@@ -157,6 +157,7 @@ class Llama:
         top_p: float = 0.9,
         top_k: int = 0,
         seed: int | Sequence[int] = 0,
+        samples: int = 1,
     ) -> list[Completion]:
         """Continues a batch of prompts, each until EOS, `max_new_tokens` or the end of the model's context.
 
@@ -166,17 +167,21 @@ class Llama:
           temperature: divides the logits; 0 takes the likeliest token.
           top_p: draws from the likeliest tokens that together hold this probability; 1 for all.
           top_k: draws from this many likeliest tokens; 0 for all.
-          seed: the same seed gives the same texts, and equal prompts get different ones. One seed per prompt makes each independent of its place.
+          seed: the same seed gives the same texts, and equal prompts get different ones. One seed per text makes each independent of its place.
+          samples: continuations of each prompt, side by side in what is returned; a prompt is read once for all of them.
 
         Raises:
           UserError: a setting out of range, a prompt longer than the context, or an id that is no token.
         """
         sampling = _checked(Sampling(temperature, top_p, top_k))
-        rows = [self._ids(prompt) for prompt in prompts]
-        if not rows:
+        if samples < 1:
+            raise UserError(f"samples is {samples}; it must be 1 or more")
+        read = [self._ids(prompt) for prompt in prompts]
+        if not read:
             return []
-        budgets = [self._budget(ids, max_new_tokens) for ids in rows]
-        chunks = list(self._draw(rows, budgets, sampling, seed, steps=DECODE_CHUNK))
+        budgets = [self._budget(ids, max_new_tokens) for ids in read]
+        chunks = list(self._draw(read, budgets, sampling, seed, steps=DECODE_CHUNK, samples=samples))
+        rows = [ids for ids in read for _ in range(samples)]
         if not chunks:
             return [Completion("", [], [], "length") for _ in rows]
         tokens_BT, log_probs_BT = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
@@ -268,17 +273,20 @@ class Llama:
         seed: int | Sequence[int],
         steps: int,
         kept: Kept | None = None,
+        samples: int = 1,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens and log-probabilities (B, up to `steps`) as they are drawn; `NO_TOKEN` behind a row's end, which EOS is the last token before."""
-        B, most = len(prompts), max(budgets)
+        B, most = len(prompts) * samples, max(budgets)
         if most == 0:
             return
         with self._on_mesh():
-            spare = -B % ways("batch")  # rows that only make the batch divide over the mesh
-            key_B = _row_keys(*_seeds(seed, B, spare))
+            spare = -len(prompts) % ways("batch")  # rows that only make the batch divide over the mesh
+            key_B = _row_keys(*_seeds(seed, B, spare * samples))
             kept = kept if B + spare == 1 else None
             cache, logits_BV = self._read([*prompts, *[[]] * spare], max(map(len, prompts)) + most, kept)
-            left_B = np.array(budgets + [0] * spare, np.int32)
+            if samples > 1:
+                cache, logits_BV = repeat(cache, logits_BV, samples)
+            left_B = np.repeat(np.array(budgets + [0] * spare, np.int32), samples)
             state, token_B, log_prob_B = begin(logits_BV, cache, left_B, key_B, sampling, eos_id=self.tokenizer.eos_id)
         ready, drawn = (token_B[:, None], log_prob_B[:, None]), 1
         ended_B = left_B[:B] == 0
@@ -344,7 +352,7 @@ def _seeds(seed: int | Sequence[int], rows: int, spare: int) -> tuple[np.ndarray
     elif len(seed) == rows:
         seeds, numbers = list(seed), [0] * rows
     else:
-        raise UserError(f"{len(seed)} seeds for {rows} prompts; expected one for all or one for each")
+        raise UserError(f"{len(seed)} seeds for {rows} texts; expected one for all or one for each")
     low_bits = [s & 0xFFFFFFFF for s in [*seeds, *[0] * spare]]
     return np.array(low_bits, np.uint32), np.array([*numbers, *[0] * spare], np.uint32)
 

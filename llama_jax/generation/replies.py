@@ -28,6 +28,7 @@ def reply_to(
     max_new_tokens: int = 200,
     temperature: float = 0.6,
     top_p: float = 0.9,
+    samples: int = 1,
 ) -> list[Reply]:
     """Answers dialogues that wait for an answer, as one batch.
 
@@ -35,9 +36,10 @@ def reply_to(
       llama: the model.
       dialogues: each ends with the user's turn.
       template: the format that the model was trained with.
-      seeds: one for each, so that an answer does not depend on the other dialogues.
+      seeds: one for each answer, so that it does not depend on the others.
       max_new_tokens: of an answer; so much of the context must be free for it.
       temperature: as in `Llama.generate`, like top_p.
+      samples: answers to each dialogue, side by side in what is returned; its prompt is read once for all of them.
 
     Raises:
       UserError: a dialogue that cannot be encoded, or a setting out of range.
@@ -45,7 +47,7 @@ def reply_to(
     prompts = [encode_prompt(llama.tokenizer, messages, template) for messages in dialogues]
     room = llama.model.config.context_length - max_new_tokens
     fitting = [number for number, ids in enumerate(prompts) if len(ids) <= room]
-    replies = [Reply("", "no room")] * len(prompts)
+    replies = [Reply("", "no room")] * (len(prompts) * samples)
     # Filled up with the first again, so that few sizes of a batch are compiled, and nothing ends later than without.
     rows = fitting + fitting[:1] * ((1 << max(0, len(fitting) - 1).bit_length()) - len(fitting))
     completions = llama.generate(
@@ -53,10 +55,12 @@ def reply_to(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        seed=[seeds[number] for number in rows],
+        seed=[seeds[place] for number in rows for place in range(number * samples, (number + 1) * samples)],
+        samples=samples,
     )
-    for number, completion in zip(fitting, completions[: len(fitting)], strict=True):
+    places = [place for number in fitting for place in range(number * samples, (number + 1) * samples)]
+    for place, completion in zip(places, completions[: len(places)], strict=True):
         is_whole = completion.finish_reason == "eos" or any(tag in completion.text for tag in template.tags)
         text = "".join(spoken(iter([completion.text]), template.tags))
-        replies[number] = Reply(text, "too long" if not is_whole else "whole" if text else "empty")
+        replies[place] = Reply(text, "too long" if not is_whole else "whole" if text else "empty")
     return replies

@@ -41,10 +41,10 @@ from llama_jax.generation.lists import write_list
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.replies import reply_to
 from llama_jax.text.chat import Dialogue, Llama2Chat, Message, Plain, Template
-from llama_jax.training.checkpoint import find_checkpoints, installed_versions
+from llama_jax.training.checkpoint import find_checkpoints
 from llama_jax.training.metrics import format_duration, say
 from llama_jax.training.preemption import StopSignal
-from llama_jax.training.run_folder import differences, make_folder, without, write_whole
+from llama_jax.training.run_folder import find_recipe, make_folder, without, write_recipe, write_whole
 
 Score = Callable[[Sequence[Dialogue]], Sequence[float]]
 """How good the last answer of each dialogue is, as a reward model says; more is better."""
@@ -161,7 +161,7 @@ def run(config: GhostAttentionConfig, *, samples: int = 1, score: Score | None =
         show(prepared)
         return
     folder = Path(config.out)
-    recipe = _find_recipe(folder, config.resume)
+    recipe = find_recipe(folder, "ghost_attention", config.resume)
     make_folder(folder)
     llama = None
     if config.generate_lists:
@@ -170,7 +170,7 @@ def run(config: GhostAttentionConfig, *, samples: int = 1, score: Score | None =
             write_whole(folder / LISTS, kinds_as_json(written_by_model(prepared, llama)))
         prepared = dataclasses.replace(prepared, kinds=read_kinds(folder / LISTS))
         check_kinds(prepared.kinds, prepared.template)
-    _write_recipe(folder, prepared, recipe)
+    write_recipe(folder, "ghost_attention", config, recipe_of(prepared), recipe)
     parts = range(0, prepared.count, config.batch)
     if not (folder / DIALOGUES).exists():
         if missing := [first for first in parts if not prepared.part(first).exists()]:
@@ -366,37 +366,11 @@ def _seed(*key: int) -> int:
     return int(np.random.SeedSequence([number & 0xFFFFFFFF for number in key]).generate_state(1)[0])
 
 
-def _find_recipe(folder: Path, resume: str) -> dict[str, Any] | None:
-    """The recipe of what an earlier run left in the folder, if one did. Raises UserError if that goes against `resume`."""
-    try:
-        found = json.loads((folder / "config.json").read_bytes())
-    except FileNotFoundError:
-        found = None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); name another --out") from error
-    if found is not None and (not isinstance(found, dict) or found.get("stage") != "ghost_attention"):
-        raise UserError(f"{folder} holds something else than dialogues for ghost attention; name another --out")
-    if resume == "never" and found:
-        raise UserError(f"{folder} holds dialogues already; name another --out, or go on with --resume auto")
-    if resume == "must" and not found:
-        raise UserError(f"--resume must, but {folder} holds no run; --resume auto begins one")
-    return found and found["recipe"]
-
-
-def _write_recipe(folder: Path, prepared: Prepared, earlier: dict[str, Any] | None) -> None:
-    """Writes config.json. Raises UserError if what decides the dialogues is not as it was in an earlier run."""
-    recipe = without(prepared.config, FREE_TO_CHANGE) | {
+def recipe_of(prepared: Prepared) -> dict[str, Any]:
+    """What decides the dialogues."""
+    return without(prepared.config, FREE_TO_CHANGE) | {
         "checkpoint": str(prepared.checkpoint.resolve()),
         "questions": hashlib.sha256(json.dumps(prepared.questions).encode()).hexdigest(),
         "kinds": json.loads(kinds_as_json(prepared.kinds)),
         "samples": prepared.samples,
     }
-    if earlier is not None and (changes := differences(earlier, recipe)):
-        raise UserError(
-            f"the dialogues in {folder} were begun with another recipe:\n"
-            + "\n".join(f"  {name}: {was} there, {now} here" for name, was, now in changes)
-            + "\nrestore these values to go on with them, or begin others with --out"
-        )
-    resolved = {"stage": "ghost_attention", "config": dataclasses.asdict(prepared.config)}
-    resolved |= {"recipe": recipe, "versions": installed_versions()}
-    write_whole(folder / "config.json", json.dumps(resolved, indent=2).encode())

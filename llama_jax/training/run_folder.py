@@ -54,6 +54,45 @@ def open_run(
         write_whole(folder / "config.json", json.dumps(resolved, indent=2).encode())
 
 
+def find_recipe(folder: Path, stage: str, resume: Literal["auto", "never", "must"]) -> dict[str, Any] | None:
+    """The recipe of what an earlier run of a stage without checkpoints left in the folder; None if there is none.
+
+    Raises:
+      UserError: another stage's run is there, or what is there goes against `resume`.
+    """
+    try:
+        found = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        found = None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); name another --out") from error
+    if found is not None and (not isinstance(found, dict) or found.get("stage") != stage):
+        raise UserError(f"{folder} holds something else than a run of the stage {stage}; name another --out")
+    if resume == "never" and found:
+        raise UserError(f"{folder} holds a run already; name another --out, or go on with --resume auto")
+    if resume == "must" and not found:
+        raise UserError(f"--resume must, but {folder} holds no run; --resume auto begins one")
+    return found and found["recipe"]
+
+
+def write_recipe(folder: Path, stage: str, config: Any, recipe: dict[str, Any], earlier: dict[str, Any] | None) -> None:
+    """Writes config.json, with what decides the run's results as its recipe.
+
+    Raises:
+      UserError: the recipe is not as it was in an earlier run, which `find_recipe` found.
+    """
+    recipe = json.loads(json.dumps(recipe))
+    if earlier is not None and (changes := differences(earlier, recipe)):
+        raise UserError(
+            f"the run in {folder} was begun with another recipe:\n"
+            + "\n".join(f"  {name}: {was} there, {now} here" for name, was, now in changes)
+            + "\nrestore these values to go on with it, or begin another run with --out"
+        )
+    resolved = {"stage": stage, "config": dataclasses.asdict(config), "recipe": recipe}
+    resolved |= {"versions": installed_versions()}
+    write_whole(folder / "config.json", json.dumps(resolved, indent=2).encode())
+
+
 def make_folder(folder: Path) -> None:
     """Creates a run's folder and checks that it can be written to.
 

@@ -1,4 +1,4 @@
-"""The verbs that train, and those that make what is trained on: pretrain, sft, ghost-attention, reward."""
+"""The verbs that train, and those that make what is trained on: pretrain, sft, ghost-attention, reward, reject."""
 
 import re
 from collections.abc import Sequence
@@ -111,6 +111,36 @@ Examples:
     run(config)
     if not config.dry_run and jax.process_index() == 0:
         write_reward_report(config.out)
+
+
+def reject(argv: Sequence[str]) -> None:
+    """Takes a checkpoint, lets the flags set the fields of the stage, runs it, and writes its report."""
+    from llama_jax.evaluation.best_of_n import write_rejection_report
+    from llama_jax.stages.rejection import RejectionConfig, run
+    from llama_jax.training.metrics import say
+
+    text = """Sample answers and keep the best of each prompt, to fine-tune on (rejection sampling, paper 3.2.3).
+
+The model answers the last question of each dialogue of the data several times, the reward model scores every answer, and
+the best one makes a dialogue to train on; the command for that is printed at the end. All samples stay with their scores
+in the run's folder, where later runs find them with --pool, beside a report of what the best of N is worth at each
+temperature. A run that was interrupted goes on when it is started again with the same --out.
+
+Examples:
+  llama-jax reject runs/mine-sft --data mine.jsonl --reward runs/helpful --samples 16 --out runs/v1
+  llama-jax sft runs/mine-sft --data runs/v1/dialogues.jsonl --data.answers last --out runs/v1-sft
+  llama-jax reject runs/v1-sft --data mine.jsonl --reward runs/helpful --pool runs/v1 --out runs/v2
+  llama-jax reject runs/mine-sft --data some.jsonl --reward runs/helpful --temperatures 0.8 1.0 1.2 --out runs/sweep"""
+    if argv and argv[0] in ("-h", "--help"):
+        show_fields(RejectionConfig, "reject CHECKPOINT", text)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            "name the model first: llama-jax reject CHECKPOINT --data FILE.jsonl --reward RUN (llama-jax reject --help)"
+        )
+    config = config_with_flags(RejectionConfig(checkpoint=argv[0]), f"reject {argv[0]}", text, _with_sources(argv[1:]))
+    run(config)
+    if not config.dry_run:
+        say(f"report: {write_rejection_report(config.out)}")
 
 
 def _with_sources(flags: Sequence[str]) -> list[str]:

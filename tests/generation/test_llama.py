@@ -9,7 +9,7 @@ from llama_jax.config import Compute
 from llama_jax.errors import UserError
 from llama_jax.generation import llama as llama_module
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.sampler import Sampling, log_probs
+from llama_jax.generation.sampler import Sampling, log_probs, prefill
 from llama_jax.model.transformer import shardings
 from llama_jax.parallel.mesh import make_mesh
 
@@ -189,7 +189,7 @@ def test_bad_prompts_are_refused(engine, model, tokenizer, tmp_path):
         engine.stream([5] * 64)
     with pytest.raises(UserError, match="token 304 is outside the vocabulary, 0 to 303"):
         engine.generate([[5, 304]])
-    with pytest.raises(UserError, match="2 seeds for 1 prompts"):
+    with pytest.raises(UserError, match="2 seeds for 1 texts"):
         engine.generate(["the"], seed=[1, 2])
     other = type(tokenizer).train(["some other text of few words"] * 4, tmp_path / "t.model", vocab_size=275)
     with pytest.raises(UserError, match="model has 304 tokens and the tokenizer 275"):
@@ -207,6 +207,31 @@ def test_a_mesh_changes_nothing(model, tokenizer, layout: str):
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
     with jax.set_mesh(make_mesh(layout)):  # as in a training loop
         assert "".join(Llama(sharded, tokenizer).stream(PROMPTS[0], seed=9, **WARM)) == meshed[0].text
+
+
+@pytest.mark.parametrize("layout", [None, "data=2,fsdp=2,tensor=2"], ids=["one device", "mesh"])
+def test_samples_of_one_reading_are_those_of_a_reading_each(model, tokenizer, engine, layout):
+    """Of three prompts of unequal length, which do not divide over the mesh either; seeds are one for all, or each its own."""
+    sharded = jax.device_put(model, shardings(model.config, make_mesh(layout))) if layout else model
+    copied = [prompt for prompt in PROMPTS[1:] for _ in range(5)]
+    for seed in (9, list(range(20, 35))):
+        apart = engine.generate(copied, seed=seed, **WARM)
+        together = Llama(sharded, tokenizer).generate(PROMPTS[1:], seed=seed, samples=5, **WARM)
+        assert [c.ids for c in together] == [c.ids for c in apart] and len({c.text for c in apart}) == 15
+        for a, b in zip(together, apart, strict=True):
+            np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(engine, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        llama_module, "prefill", lambda model, tokens, *rest: read.append(tokens.shape) or prefill(model, tokens, *rest)
+    )
+    assert len(engine.generate(PROMPTS[:2], samples=6, max_new_tokens=3)) == 12
+    assert read == [(2, 16)]
+    assert len(engine.generate(PROMPTS[:2], samples=6, max_new_tokens=0)) == 12
+    with pytest.raises(UserError, match="samples is 0; it must be 1 or more"):
+        engine.generate(PROMPTS, samples=0)
 
 
 def test_weights_are_cast_once(model, tokenizer):

@@ -22,7 +22,7 @@ class Fake:
 
     def generate(self, prompts, *, seed, **settings):
         self.batches.append((prompts, seed))
-        return self._completions[: len(prompts)]
+        return self._completions[: len(prompts) * settings.get("samples", 1)]
 
 
 def completion(text: str, reason: str = "eos") -> Completion:
@@ -51,6 +51,18 @@ def test_a_batch_is_filled_up_with_its_first_to_a_power_of_two(tokenizer):
     ((prompts, seeds),) = fake.batches
     assert len(prompts) == 8 and prompts[5:] == prompts[:1] * 3 and seeds == [0, 1, 2, 3, 4, 0, 0, 0]
     assert [reply.text for reply in replies] == list("abcde")
+
+
+@pytest.mark.parametrize("context", [64, 20])
+def test_samples_of_a_dialogue_stand_side_by_side(tokenizer, context):
+    """Behind the first, too long for the shorter context, as well."""
+    dialogues = asked("the cat sat on the mat and the dog sat by the door", "y", "z", "u")
+    fitting = 4 if context == 64 else 3
+    fake = Fake(tokenizer, [completion(str(n)) for n in range(2 * fitting)] + [completion("spare")] * 8, context)
+    replies = reply_to(fake, dialogues, TEMPLATE, seeds=range(8), max_new_tokens=1, samples=2)
+    (_, seeds), skipped = fake.batches[0], 2 * (4 - fitting)
+    assert [reply.text for reply in replies] == [""] * skipped + [str(n) for n in range(2 * fitting)]
+    assert seeds == [*range(skipped, 8), *([2, 3] if skipped else [])]
 
 
 def test_answers_are_stripped_cut_at_a_tag_and_say_how_they_ended(tokenizer):

@@ -249,7 +249,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(speak, recipe
     run(config)  # finished: nothing is asked
     with pytest.raises(UserError, match=r"begun with another recipe:\n  seed: 0 there, 1 here\n"):
         run(recipe(dialogues=14, seed=1))
-    with pytest.raises(UserError, match="holds dialogues already"):
+    with pytest.raises(UserError, match="holds a run already"):
         run(recipe(dialogues=14, resume="never"))
 
 

@@ -1,0 +1,402 @@
+"""Rejection sampling (paper 3.2.3): K answers to each prompt, of which the one that a reward model scores best is trained on.
+
+Every sample is kept with its score; the training is that of the sft stage (`llama-jax sft --data.answers last`). The best
+are those of this run, or of it and of earlier ones (`pool`): with those of the last iteration alone the paper's V3 forgot
+what V2 could do.
+
+Our choices, where the paper is silent: K is 10 unless set; nothing is cut from the distribution (top-p 1); samples of
+several temperatures compete in one pool; those of earlier runs are scored anew, as scores of two reward models do not
+compare; an answer that the length limit cut is judged like any other.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from llama_jax.conversion.convert import open_source, pinned
+from llama_jax.conversion.source import TOKENIZER
+from llama_jax.data.prompts import PromptsConfig, read_prompts
+from llama_jax.data.samples import SAMPLES, best_sample, read_pool, read_samples
+from llama_jax.errors import Preempted, UserError
+from llama_jax.generation.llama import Llama
+from llama_jax.generation.replies import reply_to
+from llama_jax.generation.rewards import Findings, make_score, warnings_of
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.text.chat import (
+    Dialogue,
+    Llama2Chat,
+    Message,
+    Plain,
+    Template,
+    encode_prompt,
+)
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training.checkpoint import newest_readable, read_metadata
+from llama_jax.training.metrics import format_duration, say
+from llama_jax.training.preemption import StopSignal
+from llama_jax.training.run_folder import find_recipe, make_folder, without, write_recipe, write_whole
+
+Score = Callable[[Sequence[Dialogue]], Sequence[float]]
+"""How good the last answer of each dialogue is; more is better, and -inf never the best."""
+
+DIALOGUES = "dialogues.jsonl"
+_SECONDS_BETWEEN_LINES = 10
+
+
+@dataclass(frozen=True)
+class RejectionConfig:
+    """One round of rejection sampling."""
+
+    checkpoint: str = ""
+    """The model that answers, of any form."""
+    data: PromptsConfig = field(default_factory=PromptsConfig)
+    """The prompts."""
+    reward: str = ""
+    """The reward model that judges: a run of llama-jax reward."""
+    samples: int = 10
+    """K: answers drawn for each prompt, at each temperature."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """Each divides the logits; the paper found 1.2 to 1.3 best for RLHF models at 10 to 100 samples, and it shifts."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together hold this probability; 1 for all."""
+    pool: tuple[str, ...] = ()
+    """Folders of earlier runs, whose samples compete too; the paper did so after its V3."""
+    plain: bool = False
+    """Prompt and completion as plain text, instead of Llama 2's chat format."""
+    max_new_tokens: int = 512
+    """Of an answer."""
+    batch: int = 64
+    """Answers that are drawn side by side; what is done is saved after so many, or after those to one prompt."""
+    int8: bool = False
+    """Keep the weights of the model that answers in 8 bits."""
+    mesh: str = ""
+    """Devices to lie on, such as auto or tensor=4; one if empty."""
+    seed: int = 0
+    """Of the answers."""
+    out: str = "runs/reject"
+    """The run's folder; the best answers are its dialogues.jsonl, all are its samples.jsonl."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Go on with what the folder holds: if it holds something; never (refuses such a folder); or fail without it."""
+    dry_run: bool = False
+    """Print what was found and three prompts, and touch nothing."""
+
+
+# Data, pool and reward model are compared by what they turned out to be.
+FREE_TO_CHANGE = ("data.sources", "pool", "mesh", "out", "resume", "dry_run")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A configuration with what its checkpoint, its data and its pool turned out to be."""
+
+    config: RejectionConfig
+    checkpoint: Path
+    reward: Path | None
+    """None where a function judges."""
+    prompts: list[Dialogue]
+    """Those of the data, then those that only earlier runs have."""
+    asked: int
+    """How many of them are the data's."""
+    earlier: dict[Dialogue, list[dict[str, Any]]]
+    """The samples of earlier runs, by prompt."""
+    template: Template
+
+    @property
+    def parts(self) -> list[range]:
+        """The numbers of the prompts that are saved together."""
+        size, count = max(1, self.config.batch // self.config.samples), len(self.prompts)
+        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+    def file(self, part: range) -> Path:
+        """Where a part is saved."""
+        return Path(self.config.out) / "samples" / f"{part.start:08}.jsonl"
+
+
+def run(config: RejectionConfig, *, score: Score | None = None) -> None:
+    """Samples, judges and selects what `config` describes in `config.out`, going on where an earlier run of it stopped.
+
+    Args:
+      config: of the run.
+      score: judges in place of the reward model, see `Score`; a program that knows the right answers, for example.
+
+    Raises:
+      UserError: checkpoint, data, pool, scores or what is found in the folder do not fit.
+      Preempted: told to stop; what was saved is gone on with.
+    """
+    prepared = prepare(config, score is not None)
+    if config.dry_run:
+        show(prepared)
+        return
+    folder = Path(config.out)
+    found = find_recipe(folder, "rejection", config.resume)
+    make_folder(folder)
+    write_recipe(folder, "rejection", config, recipe_of(prepared), found)
+    if not (folder / DIALOGUES).exists():
+        if not (folder / SAMPLES).exists():
+            if missing := [part for part in prepared.parts if not prepared.file(part).exists()]:
+                sample(prepared, load(prepared), score or load_score(prepared), missing)
+            write_whole(folder / SAMPLES, b"".join(prepared.file(part).read_bytes() for part in prepared.parts))
+        select(folder)
+    for part in prepared.parts:
+        prepared.file(part).unlink(missing_ok=True)
+    say(
+        f"done: {folder / DIALOGUES}; train on it: llama-jax sft {config.checkpoint} --data {folder / DIALOGUES} "
+        f"--data.answers last{' --plain' * config.plain} --out {folder}-sft"
+    )
+
+
+def prepare(config: RejectionConfig, has_score: bool = False) -> Prepared:
+    """Reads prompts and pool, and opens the checkpoints without reading their weights.
+
+    Raises:
+      UserError: they do not fit each other or the settings.
+    """
+    _check(config, has_score)
+    checkpoint = pinned(config.checkpoint)
+    opened = open_source(checkpoint)
+    if TOKENIZER not in opened.assets:
+        raise UserError(f"{config.checkpoint} has no {TOKENIZER}; copy the model's own beside its weights")
+    tokenizer = Tokenizer(opened.assets[TOKENIZER], f"{config.checkpoint}/{TOKENIZER}")
+    template: Template = Plain() if config.plain else Llama2Chat()
+    reward = None if has_score else _reward_model(config.reward, template)
+    prompts, found = read_prompts(config.data, template)
+    say(found)
+    room = opened.config.context_length - config.max_new_tokens
+    short = [prompt for prompt in prompts if len(encode_prompt(tokenizer, prompt, template)) <= room]
+    if not short:
+        raise UserError(
+            f"none of {len(prompts)} prompts leaves room for --max-new-tokens {config.max_new_tokens} in the model's "
+            f"context of {opened.config.context_length} tokens; lower it"
+        )
+    if len(short) < len(prompts):
+        say(f"{len(prompts) - len(short)} of {len(prompts)} prompts leave no room for an answer and are left out")
+    earlier = read_pool(config.pool, template)
+    others = [prompt for prompt in earlier if prompt not in set(short)]
+    return Prepared(config, checkpoint, reward, [*short, *others], len(short), earlier, template)
+
+
+def _check(config: RejectionConfig, has_score: bool) -> None:
+    """Raises UserError for settings that cannot be."""
+    if not config.checkpoint:
+        raise UserError(
+            "name the model that answers: llama-jax reject CHECKPOINT --data FILE.jsonl --reward REWARD_RUN"
+        )
+    if not config.data.sources:
+        raise UserError("No prompts. Set --data.sources to a .jsonl file of dialogues, hf:NAME or tfds:NAME.")
+    if bool(config.reward) == has_score:
+        raise UserError(
+            "name the reward model that judges, with --reward RUN (llama-jax reward trains one)"
+            if not has_score
+            else f"both --reward {config.reward} and a score function judge; give one of them"
+        )
+    numbers = {"--samples": config.samples, "--batch": config.batch, "--max-new-tokens": config.max_new_tokens}
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be 1 or more")
+    temperatures = config.temperatures
+    if not temperatures or not all(0 < t < math.inf for t in temperatures) or len({*temperatures}) < len(temperatures):
+        raise UserError(f"--temperatures is {temperatures}; expected different numbers above 0, such as 0.8 1.0 1.2")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"--top-p is {config.top_p}; it is a probability, above 0 and up to 1 (all tokens)")
+    if Path(config.out).resolve() in [Path(folder).resolve() for folder in config.pool]:
+        raise UserError(f"--pool names --out {config.out} itself; name the folders of earlier runs")
+
+
+def _reward_model(path: str, template: Template) -> Path:
+    """The checkpoint of a reward model; says what speaks against it. Raises UserError if it is none or has another format."""
+    folder = newest_readable(Path(path))
+    known = read_metadata(folder).get("reward")
+    if known is None:
+        raise UserError(f"{path} holds no reward model; train one: llama-jax reward CHECKPOINT --data PAIRS.jsonl")
+    if known["plain"] != isinstance(template, Plain):
+        raise UserError(
+            f"the reward model {path} was trained {'with' if known['plain'] else 'without'} --plain; sample "
+            f"{'with' if known['plain'] else 'without'} it too, or name another --reward"
+        )
+    for reason in warnings_of(Findings(**known["findings"]) if known["findings"] else None):
+        say(f"warning: {path} is a poor judge: {reason}")
+    return folder
+
+
+def load(prepared: Prepared) -> Llama:
+    """The model that answers."""
+    config = prepared.config
+    return Llama.load(prepared.checkpoint, mesh=config.mesh or None, int8=config.int8)
+
+
+def load_score(prepared: Prepared) -> Score:
+    """The reward model that judges."""
+    return make_score(prepared.reward, make_mesh(prepared.config.mesh) if prepared.config.mesh else None)
+
+
+def sample(prepared: Prepared, llama: Llama, score: Score, missing: Sequence[range]) -> None:
+    """Samples, judges and saves these parts.
+
+    Raises:
+      UserError: scores that are none.
+      Preempted: told to stop; the parts that are whole are saved.
+    """
+    count = len(prepared.prompts)
+    saved, done, began = count - sum(map(len, missing)), 0, time.monotonic()
+    later, said = sum(number < prepared.asked for part in missing for number in part), began
+    drawn = prepared.config.samples * len(prepared.config.temperatures)
+    with StopSignal() as stop:
+        for part in missing:
+            rows = judged(prepared, draw(prepared, llama, part), score)
+            write_whole(prepared.file(part), "".join(map(_line, rows)).encode())
+            saved, done = saved + len(part), done + sum(bool(row["samples"]) for row in rows)
+            now = time.monotonic()
+            if now - said > _SECONDS_BETWEEN_LINES:
+                said, rate = now, max(done, 1) * drawn / (now - began)
+                left = format_duration((later - done) * drawn / rate)
+                say(f"{saved}/{count} prompts saved, {rate:.1f} samples/s, eta {left}")
+            if name := stop.received(saved):
+                raise Preempted(f"{name} received: {saved} of {count} prompts are saved; start it again to go on")
+    say(f"{done * drawn} samples in {format_duration(time.monotonic() - began)}")
+
+
+def draw(prepared: Prepared, llama: Llama, part: range) -> list[dict[str, Any]]:
+    """A row for each prompt, its samples by temperature and then by number, not judged yet."""
+    config = prepared.config
+    rows = [{"prompt": prepared.prompts[number], "samples": []} for number in part]
+    asked = [number for number in part if number < prepared.asked]
+    # Of one size in every part, so that the last compiles nothing of its own.
+    filled = asked + asked[:1] * (len(prepared.parts[0]) - len(asked)) if asked else []
+    together = min(config.samples, config.batch)
+    for temperature in config.temperatures:
+        for first in range(0, config.samples, together):
+            numbers = range(first, min(first + together, config.samples))
+            replies = iter(
+                reply_to(
+                    llama,
+                    [prepared.prompts[number] for number in filled],
+                    prepared.template,
+                    seeds=[_seed(config.seed, number, k, temperature) for number in filled for k in numbers],
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=temperature,
+                    top_p=config.top_p,
+                    samples=len(numbers),
+                )
+            )
+            for number in asked:
+                rows[number - part.start]["samples"] += [
+                    {"temperature": temperature, "sample": k, "text": reply.text, "ended": reply.ended}
+                    for k, reply in zip(numbers, replies, strict=False)
+                ]
+    return rows
+
+
+def judged(prepared: Prepared, rows: Sequence[dict[str, Any]], score: Score) -> Iterator[dict[str, Any]]:
+    """The rows as they are saved: every sample with its score, those of earlier runs beside them.
+
+    Raises:
+      UserError: the scores are not one number for each answer.
+    """
+    pools = [prepared.earlier.get(row["prompt"], []) for row in rows]
+    answers = [(row["prompt"], one) for row, pool in zip(rows, pools, strict=True) for one in (*row["samples"], *pool)]
+    dialogues = [(*prompt, Message("assistant", one["text"])) for prompt, one in answers if one["text"]]
+    scores = iter(_checked(score(dialogues), len(dialogues)) if dialogues else [])
+
+    def with_score(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        # No score where there is nothing to judge, or where it cannot be judged; JSON has no -inf.
+        values = [next(scores) if one["text"] else -math.inf for one in samples]
+        return [one | {"score": s if s > -math.inf else None} for one, s in zip(samples, values, strict=True)]
+
+    for row, pool in zip(rows, pools, strict=True):
+        messages = [message._asdict() for message in row["prompt"]]
+        yield {"prompt": messages, "samples": with_score(row["samples"]), "earlier": with_score(pool)}
+
+
+def select(folder: Path) -> None:
+    """Writes the dialogues: each prompt with the best of its samples.
+
+    Raises:
+      UserError: no sample has a score.
+    """
+    rows, kept = read_samples(folder), []
+    for row in rows:
+        if best := best_sample(row):
+            answer = {"role": "assistant", "content": best["text"]}
+            how = {name: value for name, value in best.items() if name != "text"}
+            kept.append({"messages": [*row["prompt"], answer], **how})
+    if not kept:
+        raise UserError(
+            f"not one answer in {folder / SAMPLES} is both not empty and possible to judge. Is the model one that was "
+            "trained on dialogues in this format?"
+        )
+    cut, old = sum(row["ended"] == "too long" for row in kept), sum("run" in row for row in kept)
+    say(
+        f"{len(kept)} prompts with their best answer, mean score {np.mean([row['score'] for row in kept]):.4g}"
+        + (f"; {old} of these are from earlier runs" if old else "")
+        + (f"; {cut} of these were cut by --max-new-tokens" if cut else "")
+        + (f"; {len(rows) - len(kept)} prompts without one are left out" if len(kept) < len(rows) else "")
+    )
+    write_whole(folder / DIALOGUES, "".join(map(_line, kept)).encode())
+
+
+def recipe_of(prepared: Prepared) -> dict[str, Any]:
+    """What decides the samples and their scores."""
+    reward = "a function" if prepared.reward is None else str(prepared.reward.resolve())
+    return without(prepared.config, FREE_TO_CHANGE) | {
+        "checkpoint": str(prepared.checkpoint.resolve()),
+        "reward": reward,
+        "prompts": _digest(prepared.prompts),
+        "pool": _digest(list(prepared.earlier.items())),
+    }
+
+
+def show(prepared: Prepared) -> None:
+    """Prints a dry run: what was found, and the first prompts."""
+    config = prepared.config
+    drawn = prepared.asked * config.samples * len(config.temperatures)
+    print(f"checkpoint   {prepared.checkpoint}")
+    print(f"judge        {prepared.reward or 'a function'}")
+    print(f"prompts      {', '.join(config.data.sources)}: {prepared.asked}")
+    print(
+        f"samples      {drawn}: {config.samples} to each prompt at each of the temperatures "
+        f"{', '.join(f'{t:g}' for t in config.temperatures)}"
+    )
+    if config.pool:
+        old, others = sum(map(len, prepared.earlier.values())), len(prepared.prompts) - prepared.asked
+        print(f"pool         {old} samples of {len(config.pool)} earlier runs; {others} prompts are theirs alone")
+    for number, prompt in enumerate(prepared.prompts[:3]):
+        print(f"--- prompt {number}")
+        print("\n".join(f"{role}: {text}" for role, text in prompt))
+
+
+def _checked(scores: Sequence[float], count: int) -> list[float]:
+    """Raises UserError unless these are so many numbers, none above all others and none unknown."""
+    values = np.asarray(jax.device_get(scores))
+    if values.shape != (count,) or values.dtype.kind not in "fiub":
+        raise UserError(
+            f"the score function gave {values.dtype} of shape {values.shape} for {count} dialogues; expected a number for each"
+        )
+    values = values.astype(np.float64)
+    if bad := [i for i, value in enumerate(values) if math.isnan(value) or value == math.inf]:
+        raise UserError(
+            f"the score of answer {bad[0]} of {count} is {values[bad[0]]}; expected a number, or -inf for none"
+        )
+    return values.tolist()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()
+
+
+def _seed(seed: int, prompt: int, sample: int, temperature: float) -> int:
+    """A seed of 32 bits, another one for each sample."""
+    bits = int(np.float32(temperature).view(np.uint32))
+    key = [number & 0xFFFFFFFF for number in (seed, prompt, sample, bits)]
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
