@@ -10,8 +10,8 @@ import numpy as np
 
 from llama_jax.data.preferences import Strength
 from llama_jax.evaluation.report import table, write_page
-from llama_jax.generation.rewards import accuracy_of, length_correlation
 from llama_jax.stages.reward import FINDINGS, SCORES
+from llama_jax.training.held_out_pairs import accuracy_of, length_correlation
 from llama_jax.training.run_folder import write_whole
 
 UNSAFE_SCORE = 0.0  # sigmoid 0.5, at which the paper calls an answer unsafe

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +14,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import Compute, llama_config_from_json
+from llama_jax.conversion.load import load_model
 from llama_jax.data.preferences import encode_judged
 from llama_jax.errors import UserError
 from llama_jax.generation.scoring import batches, rounded_up
-from llama_jax.model.heads import RewardModel, abstract_reward_model, score
+from llama_jax.model.heads import RewardModel, abstract_reward_model, score, without_head
+from llama_jax.model.lora import LoraConfig, abstract_adapters, merge
 from llama_jax.parallel.mesh import constrain, make_mesh, ways
 from llama_jax.text.chat import BadDialogue, Dialogue, Llama2Chat, Plain, Template
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.checkpoint import find_checkpoints, load_tokenizer, read_metadata, restore_tree
+from llama_jax.training.held_out_pairs import Findings
 
 # Our choice, all three: when a reward model says too little about answers to be optimised against.
 CHANCE_DEVIATIONS = 2.33
@@ -35,19 +37,6 @@ PADDING_LIMIT = 0.01
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What a reward model's scores of held-out pairs came to."""
-
-    pairs: int
-    accuracy: float
-    """Share of pairs ranked right, ties counted half."""
-    length_correlation: float
-    """Of the difference of two answers' scores with the difference of their lengths; nan if all are equally long."""
-    padding_change: float
-    """Largest change of a score when its padding stands before it instead of behind, in standard deviations of the scores."""
-
-
 class LoadedReward(NamedTuple):
     """A reward model with what it takes to use it."""
 
@@ -56,21 +45,6 @@ class LoadedReward(NamedTuple):
     template: Template
     findings: Findings | None
     """None if it was never evaluated."""
-
-
-def accuracy_of(scores: np.ndarray) -> float:
-    """The share of pairs (n, 2), chosen first, that are ranked right; ties count half."""
-    return float(np.mean(np.heaviside(scores[:, 0] - scores[:, 1], 0.5)))
-
-
-def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> float:
-    """Correlation, over pairs (n, 2), of the difference in score with the difference in length; nan if either is always 0.
-
-    Within pairs, as prompts differ in what they deserve; about zero, as it does not matter which answer comes first.
-    """
-    by_score, by_length = (np.diff(a.astype(np.float64), axis=1)[:, 0] for a in (scores, lengths))
-    norm = math.sqrt(float(by_score @ by_score) * float(by_length @ by_length))
-    return float(by_score @ by_length) / norm if norm else math.nan
 
 
 def warnings_of(findings: Findings | None) -> list[str]:
@@ -126,10 +100,19 @@ def _read(folder: Path, mesh: Mesh, dtype: Any) -> LoadedReward:
         raise UserError(
             f"{folder} holds no reward model; train one with llama-jax reward CHECKPOINT --data PAIRS.jsonl"
         )
-    model = restore_tree(folder, abstract_reward_model(llama_config_from_json(metadata["model"]), mesh), metadata)
+    known, config = metadata["reward"], llama_config_from_json(metadata["model"])
+    abstract = abstract_reward_model(config, mesh)
+    if known["adapters"]:
+        lora = LoraConfig(**known["adapters"]["lora"] | {"targets": tuple(known["adapters"]["lora"]["targets"])})
+        abstract = dataclasses.replace(abstract, trunk=abstract_adapters(config, lora, mesh))
+    model = restore_tree(folder, abstract, metadata)
+    if known["adapters"]:
+        if not Path(base := known["adapters"]["base"]).exists():
+            raise UserError(f"{folder} holds adapters for the model {base}, which is not there; put it back")
+        trunk = without_head(load_model(base, mesh)[0])
+        model = dataclasses.replace(model, trunk=merge(trunk, model.trunk, lora))
     if dtype is not None:
         model = jax.jit(lambda model: dataclasses.replace(model, trunk=model.trunk.cast(dtype)))(model)
-    known = metadata["reward"]
     findings = Findings(**known["findings"]) if known["findings"] else None
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:

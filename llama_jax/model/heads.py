@@ -23,8 +23,8 @@ from llama_jax.parallel.mesh import sharding
 class RewardModel:
     """A transformer and a scalar head, as an immutable pytree."""
 
-    trunk: Transformer
-    """Without a next-token head."""
+    trunk: Any
+    """A Transformer without a next-token head; while adapters are trained, the adapters of one."""
     head_D: Any
     """float32."""
     bias: Any
@@ -92,13 +92,19 @@ def abstract_reward_model(config: LlamaConfig, mesh: Mesh | None = None, dtype: 
     )
 
 
-def with_scalar_head(model: Transformer, key: jax.Array) -> RewardModel:
-    """A model's weights without their next-token head, under a fresh scalar head in float32."""
+def without_head(model: Transformer) -> Transformer:
+    """A model's weights without its next-token head; the same arrays."""
     weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
-    declared = describe_reward_model(model.config)
-    trunk = jax.tree_util.tree_map_with_path(lambda path, _: weights[jax.tree_util.keystr(path)], declared.trunk)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: weights[jax.tree_util.keystr(path)], describe(trunk_config(model.config))
+    )
+
+
+def with_scalar_head(trunk: Any, config: LlamaConfig, key: jax.Array) -> RewardModel:
+    """A fresh scalar head in float32 over a transformer without its own, or over adapters of one."""
+    declared = describe_reward_model(config).head_D
     own_key = jax.random.fold_in(key, zlib.crc32(b"head_D"))
-    head_D = declared.head_D.std * jax.random.normal(own_key, declared.head_D.shape, jnp.float32)
+    head_D = declared.std * jax.random.normal(own_key, declared.shape, jnp.float32)
     return RewardModel(trunk, head_D, jnp.zeros((), jnp.float32))
 
 

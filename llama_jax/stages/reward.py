@@ -36,33 +36,27 @@ from llama_jax.data.pairs import (
     agreement,
     evenly_spaced,
     load_pairs,
-    make_pair_batch,
-    pack_pairs,
     pair_batches,
     statistics,
 )
-from llama_jax.data.pipeline import own_rows
 from llama_jax.errors import UserError
-from llama_jax.generation.rewards import Findings, accuracy_of, length_correlation, warnings_of
-from llama_jax.model.heads import (
-    RewardModel,
-    abstract_reward_model,
-    describe_reward_model,
-    trunk_config,
-    with_scalar_head,
-)
+from llama_jax.generation.rewards import warnings_of
+from llama_jax.model.heads import RewardModel, describe_reward_model, trunk_config, with_scalar_head, without_head
+from llama_jax.model.lora import LoraConfig, adapt, describe_adapters, init_adapters
+from llama_jax.model.transformer import abstract
 from llama_jax.parallel import distributed
-from llama_jax.parallel.mesh import check_divides, constrain, make_mesh, mesh_sizes, sharding, ways
+from llama_jax.parallel.mesh import check_divides, make_mesh, mesh_sizes, sharding, ways
 from llama_jax.text.chat import Encoded, Llama2Chat, Plain, Template, shown
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training import compiled as compiling
 from llama_jax.training import step as steps
-from llama_jax.training.batches import share_of_process, to_devices
+from llama_jax.training.batches import share_of_process
 from llama_jax.training.checkpoint import Checkpoints
+from llama_jax.training.held_out_pairs import Findings, PairScorer
 from llama_jax.training.loop import LoopConfig, fit
 from llama_jax.training.metrics import say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from llama_jax.training.preference_loss import SMALL_MARGINS, pair_scores, preferences_objective
+from llama_jax.training.preference_loss import SMALL_MARGINS, preferences_objective
 from llama_jax.training.run_folder import make_folder, open_run, without, write_whole
 from llama_jax.training.step import TrainState
 
@@ -92,6 +86,10 @@ class RewardConfig:
     """Most tokens of a dialogue; 0: the model's context."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(peak_lr=1e-5, warmup_steps=0))
     """AdamW and its schedule; a warm-up of 0 means the paper's 3% of the steps, at least 5."""
+    train: Literal["all", "lora"] = "all"
+    """What is trained beside the head: every weight, or low-rank adapters beside frozen ones."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapters, where they are trained."""
     compute: Compute = field(default_factory=Compute)
     """Precision, attention kernel and what is recomputed; memory and speed, not the result."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=100, save_every=100))
@@ -101,7 +99,7 @@ class RewardConfig:
     mesh: str = "auto"
     """Devices per axis, such as data=2,fsdp=4,tensor=2; auto is fsdp over all."""
     seed: int = 0
-    """Of the head and the order of the pairs."""
+    """Of the head, adapters, dropout and the order of the pairs."""
     out: str = "runs/reward"
     """The run's folder."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -139,6 +137,11 @@ class Run:
     schedule: OptimizerConfig
     optimizer: GradientTransformation
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether adapters are trained."""
+        return self.config.train == "lora"
+
 
 def run(config: RewardConfig) -> None:
     """Trains what `config` describes into `config.out`, going on where an earlier run of it stopped, and scores the
@@ -167,10 +170,10 @@ def run(config: RewardConfig) -> None:
                 "pairs": fingerprint(prepared.loaded.train),
             }
             open_run(folder, "reward", config, decisive, prepared.tokenizer, checkpoints, config.resume)
-            state = train(prepared, checkpoints, decisive)
+            model = train(prepared, checkpoints, decisive)
         finally:
             checkpoints.close()
-        reasons = write_findings(prepared, state.model)
+        reasons = write_findings(prepared, model)
     for reason in reasons:
         say(f"warning: not to be used for PPO: {reason}")
     say(f"done: {folder}")
@@ -211,7 +214,7 @@ def prepare(config: RewardConfig, mesh: Mesh) -> Run:
     total_steps = config.epochs * order.batches
     schedule = warmed_up(config.optimizer, total_steps)
     model = trunk_config(opened.config)
-    optimizer = make_optimizer(schedule, describe_reward_model(model), total_steps)
+    optimizer = make_optimizer(schedule, declared(config, model), total_steps)
     return Run(config, checkpoint, model, tokenizer, loaded, order, shape, total_steps, mesh, schedule, optimizer)
 
 
@@ -228,23 +231,37 @@ def fingerprint(pairs: Pairs) -> str:
     return digest.hexdigest()
 
 
-def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> TrainState:
-    """Feeds the batches behind the newest checkpoint's cursor to the loop, on the ambient mesh; gives the last state."""
-    config, mesh, shape = prepared.config, prepared.mesh, prepared.shape
+def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> RewardModel:
+    """Feeds the batches behind the newest checkpoint's cursor to the loop, on the ambient mesh; gives the trained model."""
+    config, mesh, shape, held_out = prepared.config, prepared.mesh, prepared.shape, prepared.loaded.held_out
     compiled, plan = compile_step(prepared)
     say(banner(prepared, plan))
-    state, cursor = begin(prepared, checkpoints)
-    evaluate = Evaluation(prepared)
+    state, frozen, cursor = begin(prepared, checkpoints)
+    scorer, numbers = make_scorer(prepared), evenly_spaced(len(held_out), config.data.eval_pairs)
+    newest: Findings | None = None
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        nonlocal newest
+        if not len(numbers):
+            return {}
+        newest, scores = scorer.findings(assemble(prepared, state.model, frozen), held_out, numbers)
+        named = dataclasses.asdict(newest) | {"score": scores.mean(), "margin": -np.diff(scores, axis=1).mean()}
+        return {
+            f"eval/{name}": float(value) for name, value in named.items() if name != "pairs" and math.isfinite(value)
+        }
 
     def save(state: TrainState, cursor: BatchCursor) -> None:
-        findings = evaluate.newest and dataclasses.asdict(evaluate.newest)
-        reward = {"plain": config.plain, "margins": config.margins, "findings": findings}
+        reward = {
+            "plain": config.plain,
+            "findings": newest and dataclasses.asdict(newest),
+            "adapters": adapters_metadata(prepared) if prepared.is_lora else None,
+        }
         own = {"model": dataclasses.asdict(prepared.model), "reward": reward, "recipe": decisive}
         checkpoints.save(state, own | {"cursor": cursor._asdict()}, prepared.tokenizer)
 
-    return fit(
+    state = fit(
         state,
-        compiled,
+        lambda state, batch: compiled(state, batch, frozen),
         pair_batches(prepared.order, shape, cursor=cursor, **share_of_process(mesh, shape.rows)),
         model=prepared.model,
         mesh=mesh,
@@ -258,109 +275,94 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
         evaluate=evaluate,
         evaluate_first=True,
     )
+    return assemble(prepared, state.model, frozen)
 
 
-def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, BatchCursor]:
-    """The state to train from, and the place in the data."""
+def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, BatchCursor]:
+    """The state to train from, what stays frozen beside it, and the place in the data."""
     config, mesh, optimizer = prepared.config, prepared.mesh, prepared.optimizer
     abstract_state = describe_state(prepared)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    frozen = without_head(load_model(prepared.checkpoint, mesh, config.compute.dtype)[0]) if prepared.is_lora else None
     if restored := checkpoints.restore_newest(abstract_state):
         state, metadata = restored
         say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
-        return state, BatchCursor(**metadata["cursor"])
-    model = load_model(prepared.checkpoint, mesh, "float32")[0]
-    adopt = jax.jit(
-        lambda model: steps.new_state(with_scalar_head(model, jax.random.key(config.seed)), optimizer),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_state),
-        donate_argnums=0,
-    )
-    return adopt(model), BatchCursor()
+        return state, frozen, BatchCursor(**metadata["cursor"])
+    key = jax.random.key(config.seed)
+
+    def fresh(trunk: Any) -> TrainState:
+        return steps.new_state(with_scalar_head(trunk, prepared.model, key), optimizer)
+
+    if prepared.is_lora:
+        make = jax.jit(lambda: fresh(init_adapters(prepared.model, config.lora, key)), out_shardings=layout)
+        return make(), frozen, BatchCursor()
+    trunk = without_head(load_model(prepared.checkpoint, mesh, "float32")[0])
+    return jax.jit(fresh, out_shardings=layout, donate_argnums=0)(trunk), None, BatchCursor()
+
+
+def assemble(prepared: Run, trained: RewardModel, frozen: Any, key: jax.Array | None = None) -> RewardModel:
+    """The whole model: what is trained, with adapters put into what is frozen; with a key, their dropout is on."""
+    if not prepared.is_lora:
+        return trained
+    return dataclasses.replace(trained, trunk=adapt(frozen, trained.trunk, prepared.config.lora, key))
+
+
+def declared(config: RewardConfig, model: LlamaConfig) -> RewardModel:
+    """What is trained, as a tree of declarations."""
+    whole = describe_reward_model(model)
+    return dataclasses.replace(whole, trunk=describe_adapters(model, config.lora)) if config.train == "lora" else whole
 
 
 def describe_state(prepared: Run) -> TrainState:
     """The state as shapes, dtypes and shardings."""
-    model = abstract_reward_model(prepared.model, prepared.mesh)
+    model = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding(prepared.mesh, *p.axes)),
+        declared(prepared.config, prepared.model),
+    )
     return steps.abstract_new_state(model, prepared.optimizer, prepared.mesh)
 
 
+def adapters_metadata(prepared: Run) -> dict[str, Any]:
+    """What a checkpoint of adapters says of them: their settings, and the model that they belong to."""
+    return {"lora": dataclasses.asdict(prepared.config.lora), "base": str(prepared.checkpoint.resolve())}
+
+
+def make_scorer(prepared: Run) -> PairScorer:
+    """Scores held-out pairs, a micro-batch at a time."""
+    config, shape = prepared.config, prepared.shape
+    return PairScorer(prepared.mesh, config.compute, shape.rows // config.micro_batches, shape.length)
+
+
 def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
-    """Compiles the training step without any array; gives `step(state, batch)` and what it will take."""
+    """Compiles the training step without any array; gives `step(state, batch, frozen)` and what it will take."""
     config, mesh = prepared.config, prepared.mesh
     state = describe_state(prepared)
+    frozen = abstract(prepared.model, mesh, config.compute.dtype) if prepared.is_lora else None
     train_step = steps.make_train_step(
         prepared.optimizer,
         config.compute,
         objective=preferences_objective(config.margins, config.safety_weight),
         micro_batches=config.micro_batches,
         layout=jax.tree.map(lambda leaf: leaf.sharding, state),
+        assemble=partial(assemble, prepared),
+        seed=config.seed,
     )
     shape = prepared.shape
     tokens = jax.ShapeDtypeStruct((shape.rows, shape.length), jnp.int32, sharding=sharding(mesh, "batch", "length"))
     places = jax.ShapeDtypeStruct((shape.rows, shape.places), jnp.int32, sharding=sharding(mesh, "batch", None))
     batch = PairBatch(tokens, tokens, *[places] * 5, places.update(dtype=jnp.bool_))
-    return compiling.compile_step(train_step, mesh, prepared.model.n_params, state, batch)
-
-
-class Evaluation:
-    """Scores held-out pairs with a state, and keeps what the newest state's scores came to."""
-
-    def __init__(self, prepared: Run):
-        self.newest: Findings | None = None
-        self._prepared = prepared
-        self._numbers = evenly_spaced(len(prepared.loaded.held_out), prepared.config.data.eval_pairs)
-        self._scores = jax.jit(partial(_on_every_device, compute=prepared.config.compute), static_argnames="left")
-
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """Under their log names: accuracy, mean score, mean margin, and what warnings depend on."""
-        if not len(self._numbers):
-            return {}
-        self.newest, scores = self.findings(state.model, self._numbers)
-        named = dataclasses.asdict(self.newest) | {"score": scores.mean(), "margin": -np.diff(scores, axis=1).mean()}
-        return {
-            f"eval/{name}": float(value) for name, value in named.items() if name != "pairs" and math.isfinite(value)
-        }
-
-    def findings(self, model: RewardModel, numbers: np.ndarray) -> tuple[Findings, np.ndarray]:
-        """What the scores (n, 2) of the held-out pairs of these numbers come to, and the scores."""
-        pairs, few = self._prepared.loaded.held_out, numbers[: self._rows]
-        scores = self.scores(model, pairs, pack_pairs(pairs, numbers, self._prepared.shape.length))[numbers]
-        alone = self.scores(model, pairs, [[int(number)] for number in few], left=True)[few]
-        change = np.abs(alone - scores[: len(few)]).max()
-        follows = length_correlation(scores, pairs.answers[numbers])
-        return Findings(len(scores), accuracy_of(scores), follows, float(change / max(scores.std(), 1e-9))), scores
-
-    def scores(self, model: RewardModel, pairs: Pairs, packed: list[list[int]], left: bool = False) -> np.ndarray:
-        """Scores, float32 (pairs, 2), the chosen answers' first, of the pairs in these rows; nan of all others."""
-        mesh, scores = self._prepared.mesh, np.full((len(pairs), 2), np.nan, np.float32)
-        shape = BatchShape(self._rows, self._prepared.shape.length, max(map(len, packed), default=0))
-        own = own_rows(shape.rows, **share_of_process(mesh, shape.rows))
-        for start in range(0, len(packed), shape.rows):
-            rows = packed[start : start + shape.rows]
-            batch = to_devices(mesh, make_pair_batch(pairs, rows, shape, own), shape.rows)
-            got_BK2 = np.asarray(self._scores(model, batch, left=left))
-            for row, numbers in enumerate(rows):
-                scores[numbers] = got_BK2[row, : len(numbers)]
-        return scores
-
-    @property
-    def _rows(self) -> int:
-        return self._prepared.shape.rows // self._prepared.config.micro_batches
-
-
-def _on_every_device(model: RewardModel, batch: PairBatch, compute: Compute, left: bool) -> jax.Array:
-    return constrain(pair_scores(model, batch, compute, left), None, None, None)
+    return compiling.compile_step(train_step, mesh, prepared.model.n_params, state, batch, frozen)
 
 
 def write_findings(prepared: Run, model: RewardModel) -> list[str]:
     """Scores every held-out pair and every test set, writes the scores and what is known of the data into the run's
     folder, and gives the reasons not to use the model, if any.
     """
-    folder, loaded, evaluate = Path(prepared.config.out), prepared.loaded, Evaluation(prepared)
+    folder, loaded, scorer = Path(prepared.config.out), prepared.loaded, make_scorer(prepared)
     names, findings, scores = [found.source for found in loaded.found], None, np.zeros((0, 2), np.float32)
     if len(loaded.held_out):
-        findings, scores = evaluate.findings(model, np.arange(len(loaded.held_out)))
-    everything = np.arange(len(loaded.tests))
-    tested = evaluate.scores(model, loaded.tests, pack_pairs(loaded.tests, everything, prepared.shape.length))
+        findings, scores = scorer.findings(model, loaded.held_out, np.arange(len(loaded.held_out)))
+    tested = scorer.scores(model, loaded.tests, np.arange(len(loaded.tests)))
     trained = names[: len(loaded.train.sizes)]
     known = {
         "findings": findings and dataclasses.asdict(findings),
@@ -412,7 +414,8 @@ def banner(prepared: Run, plan: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"devices     {known['devices']}",
-            f"model       {prepared.model.n_params:,} parameters from {config.checkpoint}, under a scalar head",
+            f"model       {prepared.model.n_params:,} parameters from {config.checkpoint}, under a scalar head; trained: "
+            + (f"adapters of rank {config.lora.rank}" if prepared.is_lora else "every weight"),
             f"data        {', '.join(config.data.sources)}: {drawn:,} pairs an epoch, {held_out:,} held out",
             f"steps       {prepared.total_steps:,}: {config.epochs} epochs in batches of {config.pairs} pairs, in "
             f"{shape.rows} rows of {shape.length} tokens; warm-up {prepared.schedule.warmup_steps}",

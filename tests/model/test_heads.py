@@ -16,6 +16,7 @@ from llama_jax.model.heads import (
     positions,
     score,
     with_scalar_head,
+    without_head,
 )
 from llama_jax.parallel.mesh import make_mesh, sharding
 from tests.parity.numpy_llama import random_weights, to_ours
@@ -31,7 +32,7 @@ LENGTH = 20
 
 @pytest.fixture(scope="module")
 def model():
-    return with_scalar_head(to_ours(random_weights(CONFIG, seed=0), CONFIG), jax.random.key(1))
+    return with_scalar_head(without_head(to_ours(random_weights(CONFIG, seed=0), CONFIG)), CONFIG, jax.random.key(1))
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +133,7 @@ def test_the_head_begins_with_the_stated_spread_and_without_bias():
     wide = replace(CONFIG, dim=4096, n_layers=1, vocab_size=8)
     declared = describe_reward_model(wide)
     assert declared.head_D.std == (4096 + 1) ** -0.5
-    trunk = jax.tree.map(lambda p: jnp.zeros((), jnp.float32), transformer.describe(wide))
-    model = with_scalar_head(trunk, jax.random.key(0))
+    model = with_scalar_head(None, wide, jax.random.key(0))
     assert float(model.bias) == 0 and model.head_D.dtype == jnp.float32
     np.testing.assert_allclose(float(model.head_D.std()) * 4097**0.5, 1, atol=0.04)
     assert abs(float(model.head_D.mean())) < 4 / 4097

@@ -16,23 +16,16 @@ from llama_jax.data.pairs import PreferenceConfig
 from llama_jax.data.preferences import Strength
 from llama_jax.errors import Preempted, UserError
 from llama_jax.evaluation.rewards import read_scores
-from llama_jax.generation.rewards import (
-    Findings,
-    accuracy_of,
-    length_correlation,
-    load_reward_model,
-    make_score,
-    score_texts,
-    warnings_of,
-)
+from llama_jax.generation.rewards import load_reward_model, make_score, score_texts, warnings_of
+from llama_jax.model.lora import LoraConfig
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.stages import reward
 from llama_jax.stages.reward import RewardConfig, warmed_up
 from llama_jax.text.chat import Message
-from llama_jax.training import loop
-from llama_jax.training.checkpoint import flat, restore_model
+from llama_jax.training import held_out_pairs, loop
+from llama_jax.training.checkpoint import find_checkpoints, flat, read_metadata, restore_model
+from llama_jax.training.held_out_pairs import Findings, accuracy_of, length_correlation
 from llama_jax.training.loop import LoopConfig
-from llama_jax.training.metrics import read_metrics
 from llama_jax.training.optimizer import OptimizerConfig
 from llama_jax.training.preference_loss import pair_scores
 from tests.stages.runs import assert_same_run
@@ -141,14 +134,6 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(recipe, trained, tmp_
     assert (tmp_path / "run" / "scores.jsonl").read_bytes() == (trained / "scores.jsonl").read_bytes()
 
 
-def test_micro_batches_leave_the_run_as_it_was(recipe, trained, tmp_path):
-    reward.run(dataclasses.replace(recipe, micro_batches=2, out=str(tmp_path / "run")))
-    ours, theirs = ([r for r in read_metrics(folder) if "train/loss" in r] for folder in (tmp_path / "run", trained))
-    assert len(ours) == len(theirs) == 15
-    for name in ("train/loss", "train/accuracy", "train/grad_norm"):
-        np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in theirs], rtol=2e-3)
-
-
 def dialogues(made: list[dict], side: str) -> list[tuple[Message, ...]]:
     return [(Message("user", row["prompt"]), Message("assistant", row[side])) for row in made]
 
@@ -164,6 +149,30 @@ def test_the_saved_model_scores_dialogues_as_training_did(trained):
     mixed = score([longer, few[2], few[0]])
     np.testing.assert_allclose(mixed[1:], expected[[2, 0], 0], rtol=1e-4, atol=1e-4)
     assert all(type(value) is float for value in mixed) and score([]) == []
+
+
+def test_adapters_learn_beside_a_frozen_model_and_are_a_reward_model_like_any_other(
+    recipe, trained, tmp_path, monkeypatch
+):
+    """With dropout, which is off while scoring; they alone are saved, and a stop changes nothing."""
+    lora = LoraConfig(rank=8, dropout=0.1)
+    optimizer = dataclasses.replace(recipe.optimizer, peak_lr=1e-2)
+    config = dataclasses.replace(recipe, train="lora", lora=lora, optimizer=optimizer, out=str(tmp_path / "run"))
+    reward.run(config)
+    tested = scored(tmp_path / "run", "test")
+    assert accuracy_of(np.array([row["scores"] for row in tested if row["strength"] == 3])) > 0.9
+    got = make_score(tmp_path / "run")(dialogues(rows(2, 300), "chosen"))
+    np.testing.assert_allclose(got, [row["scores"][0] for row in tested], rtol=1e-3, atol=1e-3)
+    saved = read_metadata(find_checkpoints(tmp_path / "run")[-1])["fingerprints"]["model"]
+    assert set(saved) - {"head_D", "bias"} == {
+        f"trunk.layers.{target}.{factor}" for target in lora.targets for factor in ("a", "b")
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.StopSignal, "received", lambda self, step: "SIGTERM" if step == 7 else None)
+        with pytest.raises(Preempted):
+            reward.run(dataclasses.replace(config, out=str(tmp_path / "parts")))
+    reward.run(dataclasses.replace(config, out=str(tmp_path / "parts"), resume="must"))
+    assert_same_run(tmp_path / "parts", tmp_path / "run")
 
 
 def test_an_answer_that_cannot_be_encoded_is_worse_than_any(trained):
@@ -202,7 +211,7 @@ def test_the_head_begins_small_and_only_the_trunk_is_the_checkpoints(base, recip
     with jax.set_mesh(mesh):
         prepared = reward.prepare(dataclasses.replace(recipe, out=str(tmp_path)), mesh)
         checkpoints = reward.Checkpoints(tmp_path / "checkpoints")
-        state, _ = reward.begin(prepared, checkpoints)
+        state, *_ = reward.begin(prepared, checkpoints)
         checkpoints.close()
     assert float(state.model.bias) == 0 and not hasattr(state.model.trunk, "head_DV")
     theirs = flat(load_model(base)[0])
@@ -215,9 +224,10 @@ def test_a_model_whose_scores_change_with_padding_is_found_out(recipe, trained, 
     model, numbers = load_reward_model(trained).model, np.arange(40)
     with jax.set_mesh(mesh):
         prepared = reward.prepare(dataclasses.replace(recipe, out=str(tmp_path)), mesh)
-        sound, scores = reward.Evaluation(prepared).findings(model, numbers)
-        monkeypatch.setattr(reward, "pair_scores", lambda *given: pair_scores(*given) + 0.5 * given[-1])
-        broken, _ = reward.Evaluation(prepared).findings(model, numbers)
+        pairs = prepared.loaded.held_out
+        sound, scores = reward.make_scorer(prepared).findings(model, pairs, numbers)
+        monkeypatch.setattr(held_out_pairs, "pair_scores", lambda *given: pair_scores(*given) + 0.5 * given[-1])
+        broken, _ = reward.make_scorer(prepared).findings(model, pairs, numbers)
     assert sound.padding_change < 1e-4
     assert broken.padding_change == pytest.approx(0.5 / scores.std(), rel=1e-3)
 

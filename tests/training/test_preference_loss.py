@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from llama_jax.data.pairs import UNKNOWN, BatchShape, PairBatch, Pairs, make_pair_batch
-from llama_jax.model.heads import describe_reward_model, score, with_scalar_head
+from llama_jax.model.heads import describe_reward_model, score, with_scalar_head, without_head
 from llama_jax.parallel.mesh import make_mesh, sharding
 from llama_jax.training import preference_loss
 from llama_jax.training.batches import to_devices
@@ -36,7 +36,7 @@ KEEP_GRADIENT = optax.GradientTransformation(
 
 @pytest.fixture(scope="module")
 def model():
-    return with_scalar_head(to_ours(random_weights(MODEL, seed=0), MODEL), jax.random.key(0))
+    return with_scalar_head(without_head(to_ours(random_weights(MODEL, seed=0), MODEL)), MODEL, jax.random.key(0))
 
 
 def pairs() -> Pairs:
