@@ -112,7 +112,8 @@ class Prepared:
     @property
     def parts(self) -> list[range]:
         """The numbers of the prompts that are saved together."""
-        size, count = max(1, self.config.batch // self.config.samples), len(self.prompts)
+        fitting, count = max(1, self.config.batch // self.config.samples), len(self.prompts)
+        size = 1 << (fitting.bit_length() - 1)  # what `reply_to` fills a batch up to
         return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
     def file(self, part: range) -> Path:
@@ -142,7 +143,7 @@ def run(config: RejectionConfig, *, score: Score | None = None) -> None:
     if not (folder / DIALOGUES).exists():
         if not (folder / SAMPLES).exists():
             if missing := [part for part in prepared.parts if not prepared.file(part).exists()]:
-                sample(prepared, load(prepared), score or load_score(prepared), missing)
+                sample(prepared, *load(prepared, score), missing)
             write_whole(folder / SAMPLES, b"".join(prepared.file(part).read_bytes() for part in prepared.parts))
         select(folder)
     for part in prepared.parts:
@@ -179,8 +180,8 @@ def prepare(config: RejectionConfig, has_score: bool = False) -> Prepared:
     if len(short) < len(prompts):
         say(f"{len(prompts) - len(short)} of {len(prompts)} prompts leave no room for an answer and are left out")
     earlier = read_pool(config.pool, template)
-    others = [prompt for prompt in earlier if prompt not in set(short)]
-    return Prepared(config, checkpoint, reward, [*short, *others], len(short), earlier, template)
+    prompts = list(dict.fromkeys([*short, *earlier]))
+    return Prepared(config, checkpoint, reward, prompts, len(short), earlier, template)
 
 
 def _check(config: RejectionConfig, has_score: bool) -> None:
@@ -226,15 +227,11 @@ def _reward_model(path: str, template: Template) -> Path:
     return folder
 
 
-def load(prepared: Prepared) -> Llama:
-    """The model that answers."""
+def load(prepared: Prepared, score: Score | None) -> tuple[Llama, Score]:
+    """The model that answers, and what judges: the reward model unless a function does."""
     config = prepared.config
-    return Llama.load(prepared.checkpoint, mesh=config.mesh or None, int8=config.int8)
-
-
-def load_score(prepared: Prepared) -> Score:
-    """The reward model that judges."""
-    return make_score(prepared.reward, make_mesh(prepared.config.mesh) if prepared.config.mesh else None)
+    llama = Llama.load(prepared.checkpoint, mesh=config.mesh or None, int8=config.int8)
+    return llama, score or make_score(prepared.reward, make_mesh(config.mesh) if config.mesh else None)
 
 
 def sample(prepared: Prepared, llama: Llama, score: Score, missing: Sequence[range]) -> None:
@@ -250,7 +247,7 @@ def sample(prepared: Prepared, llama: Llama, score: Score, missing: Sequence[ran
     drawn = prepared.config.samples * len(prepared.config.temperatures)
     with StopSignal() as stop:
         for part in missing:
-            rows = judged(prepared, draw(prepared, llama, part), score)
+            rows = list(judged(prepared, draw(prepared, llama, part), score))
             write_whole(prepared.file(part), "".join(map(_line, rows)).encode())
             saved, done = saved + len(part), done + sum(bool(row["samples"]) for row in rows)
             now = time.monotonic()
