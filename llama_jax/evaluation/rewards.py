@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.data.pairs import UNKNOWN
 from llama_jax.data.preferences import Strength
 from llama_jax.evaluation.report import table, write_page
 from llama_jax.stages.reward import FINDINGS, SCORES
@@ -52,6 +53,11 @@ def safety_table(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     ]
 
 
+def is_labelled(rows: list[dict[str, Any]]) -> bool:
+    """Whether any answer has a safety label."""
+    return any(safe != UNKNOWN for row in rows for safe in row["safe"])
+
+
 def calibration(rows: list[dict[str, Any]], bins: int = 10) -> list[tuple[float, float, int]]:
     """Predicted win probability sigmoid(difference of scores), in bins: its mean, the share of wins, and how many.
 
@@ -91,7 +97,7 @@ def write_reward_report(folder: str | Path) -> Path:
         sections += [
             "## Accuracy (paper, Tables 7 and 8)",
             table(header, accuracy_table(rows)),
-            table(("accuracy by safety label", ""), safety_table(rows)),
+            *([table(("accuracy by safety label", ""), safety_table(rows))] if is_labelled(rows) else []),
             "## Calibration",
             "![Share of wins against predicted probability](calibration.png)",
             "## Scores",

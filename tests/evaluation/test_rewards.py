@@ -54,6 +54,9 @@ def test_the_page_leads_with_the_reasons_not_to_use_the_model(tmp_path):
     page = write_reward_report(tmp_path).read_text()
     assert page.index("**Not to be used for PPO:**\n\n- it guesses") < page.index("## Data")
     assert "| a (test) | 50.0% | - | - | - | 50.0% | 2 |" in page
+    assert "safety label" not in page
+    (tmp_path / SCORES).write_text(json.dumps(row(1, 0, safe=(1, -1))) + "\n")
+    assert "safety label" in write_reward_report(tmp_path).read_text()
     (tmp_path / SCORES).write_text("")
     (tmp_path / FINDINGS).write_text(json.dumps(known | {"warnings": []}))
     assert "Nothing speaks against" in write_reward_report(tmp_path).read_text()
