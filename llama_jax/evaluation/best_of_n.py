@@ -76,7 +76,10 @@ def curves_table(curves: dict[str, Curves]) -> str:
 
 
 def plot_curves(curves: dict[str, Curves], path: Path) -> None:
-    """Draws the maxima with two standard errors, and the medians dashed, against N into a PNG."""
+    """Draws the maxima and, dashed, the medians against N into a PNG; a single maximum with two standard errors.
+
+    Several have none, as their prompts are the same: the error of each says little about their differences.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -86,11 +89,12 @@ def plot_curves(curves: dict[str, Curves], path: Path) -> None:
         marker = "o" if len(sizes) == 1 else ""
         axes.plot(sizes, one.maximum, marker=marker, color=color, label=f"max, {name}")
         axes.plot(sizes, one.median, "--", marker=marker, color=color, label=f"median, {name}")
-        low, high = (one.maximum + way * 2 * one.maximum_error for way in (-1, 1))
-        axes.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
+        if len(curves) == 1:
+            low, high = (one.maximum + way * 2 * one.maximum_error for way in (-1, 1))
+            axes.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="samples N", ylabel="expected score, mean over prompts")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     write_whole(path, drawn.getvalue())

@@ -28,7 +28,7 @@ from llama_jax.data.samples import SAMPLES, best_sample, read_pool, read_samples
 from llama_jax.errors import Preempted, UserError
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.replies import reply_to
-from llama_jax.generation.rewards import Findings, make_score, warnings_of
+from llama_jax.generation.rewards import make_score, warnings_of
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.chat import (
     Dialogue,
@@ -40,6 +40,7 @@ from llama_jax.text.chat import (
 )
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.checkpoint import newest_readable, read_metadata
+from llama_jax.training.held_out_pairs import Findings
 from llama_jax.training.metrics import format_duration, say
 from llama_jax.training.preemption import StopSignal
 from llama_jax.training.run_folder import find_recipe, make_folder, without, write_recipe, write_whole

@@ -17,11 +17,11 @@ from llama_jax.data.prompts import PromptsConfig
 from llama_jax.data.samples import read_samples
 from llama_jax.errors import Preempted, UserError
 from llama_jax.generation.llama import Completion, Llama
-from llama_jax.generation.rewards import Findings
 from llama_jax.stages import rejection
 from llama_jax.stages.rejection import RejectionConfig, run
 from llama_jax.text.chat import Llama2Chat
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training.held_out_pairs import Findings
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 CONTEXT = 192
