@@ -33,7 +33,7 @@ def demo(argv: Sequence[str]) -> None:
     def run(
         *, out: str = "runs/demo", seed: int = 0, train_tokens: int = 0, dialogues: int = 0, dry_run: bool = False
     ) -> None:
-        """Run the whole pipeline in about 10 minutes on 2 cores, without a download, and write a report.
+        """Run the whole pipeline in about 8 minutes on 2 cores, without a download, and write a report.
 
         Text that every Python carries -> tokenizer -> pretraining -> held-out bits per byte beside gzip and xz ->
         fine-tuning on dialogues of a small world of questions -> its answers, graded by a program -> report.md.
