@@ -53,7 +53,6 @@ from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_op
 from llama_jax.training.run_folder import make_folder, open_run, without
 from llama_jax.training.step import TrainState
 
-
 PAPER_PEAK_LR = 2e-5
 
 
