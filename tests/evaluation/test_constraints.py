@@ -28,7 +28,7 @@ class Remembers:
         self.tokenizer, self._turns, self.prompts = tokenizer, turns, []
         self.model = SimpleNamespace(config=SimpleNamespace(context_length=context_length))
 
-    def generate(self, prompts, *, max_new_tokens, temperature, top_p, seed):
+    def generate(self, prompts, *, max_new_tokens, temperature, top_p, seed, samples):
         texts = [self.tokenizer.decode(ids) for ids in prompts]
         self.prompts += texts
         return [Completion(self.said(text), [], [], "eos") for text in texts]
