@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -36,9 +37,10 @@ def load_recipe(name: str, expected: type[Config]) -> Config:
 
 
 def list_recipes() -> list[Path]:
-    """The recipes in ./experiments and in the checkout this code runs from, sorted."""
+    """The recipes in ./experiments and in the checkout this code runs from, sorted: the files there that set `config`."""
     folders = {Path("experiments").resolve(), _CHECKOUT}
-    return sorted(path for folder in folders if folder.is_dir() for path in folder.glob("[!_]*.py"))
+    files = (path for folder in folders if folder.is_dir() for path in folder.glob("[!_]*.py"))
+    return sorted(path for path in files if re.search(r"^config\b.*=", path.read_text(encoding="utf-8"), re.M))
 
 
 def _find(name: str) -> Path:

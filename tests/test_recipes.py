@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.recipes import load_recipe
+from llama_jax.recipes import list_recipes, load_recipe
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,15 @@ def test_what_is_no_python_file_is_refused(folder):
     (folder / "recipe.yaml").write_text("steps: 3")
     with pytest.raises(UserError, match=r"is no Python file; a recipe's name ends in \.py"):
         load_recipe("experiments/recipe.yaml", Config)
+
+
+def test_an_experiment_without_a_config_is_no_recipe(tmp_path, monkeypatch):
+    (tmp_path / "experiments").mkdir()
+    for name, text in {
+        "one": "config = 1\n",
+        "two": "config = both = 2\n",
+        "three": "def main():\n    config = 3\n",
+    }.items():
+        (tmp_path / "experiments" / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert {"one", "two"} == {path.stem for path in list_recipes() if tmp_path in path.parents}
