@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from llama_jax.data.dialogues import Shape, Skipped, detect_shape, open_rows, read_dialogues, shape_named
+from llama_jax.data.drawing import check_sources, check_weights, random_order
 from llama_jax.data.packing import Batch
 from llama_jax.data.pipeline import own_rows
 from llama_jax.errors import UserError
@@ -218,17 +219,7 @@ class Packing:
 
     def __post_init__(self):
         """Raises UserError for weights that do not suit the sources."""
-        sizes = self.examples.sizes
-        if self.weights and len(self.weights) != len(sizes):
-            raise UserError(
-                f"{len(self.weights)} weights for {len(sizes)} sources. Give --data.weights one number for each."
-            )
-        if self.weights and not (all(weight > 0 for weight in self.weights) and all(sizes)):
-            weights, counts = (", ".join(map(str, values)) for values in (self.weights, sizes))
-            raise UserError(
-                f"Every weight must be above 0 and every source hold an example, found weights {weights} for {counts} "
-                "examples. Leave out sources not wanted."
-            )
+        check_weights(self.weights, self.examples.sizes, "examples")
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """The rows of an epoch, each the numbers of its examples, in random order.
@@ -237,10 +228,10 @@ class Packing:
         in a new order, without regard to where the others are.
         """
         drawn = np.concatenate([self._draw(source, epoch) for source in range(len(self.examples.sizes))])
-        drawn = drawn[_order(len(drawn), self.seed, 1, epoch)]
+        drawn = drawn[random_order(len(drawn), self.seed, 1, epoch)]
         rows = best_fit(self.examples.places[drawn].tolist(), self.length)
         # The last rows to be opened hold what came late and was small: shuffled, so that no batch is all of those.
-        return [drawn[rows[i]].tolist() for i in _order(len(rows), self.seed, 2, epoch)]
+        return [drawn[rows[i]].tolist() for i in random_order(len(rows), self.seed, 2, epoch)]
 
     def count(self, epochs: int) -> int:
         """The rows of so many epochs."""
@@ -265,7 +256,7 @@ class Packing:
         # In the endless order in which the source gives all its examples, round after round:
         start, stop = int(epoch * share), int((epoch + 1) * share)
         rounds = [
-            _order(size, self.seed, 0, source, number)[max(start - number * size, 0) : stop - number * size]
+            random_order(size, self.seed, 0, source, number)[max(start - number * size, 0) : stop - number * size]
             for number in (range(start // size, -(-stop // size)) if size else ())
         ]
         return sum(self.examples.sizes[:source]) + np.concatenate([np.zeros(0, np.int64), *rounds])
@@ -375,18 +366,7 @@ def _from_row(packing: Packing, first: int) -> Iterator[list[int]]:
         first = max(0, first - len(rows))
 
 
-def _order(count: int, *key: int) -> np.ndarray:
-    """A random order of so many things. By raw bits: NumPy promises that these never change, unlike its shuffles."""
-    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
-    return np.argsort(bits, kind="stable")
-
-
 def _check(config: DialogueConfig) -> None:
-    if not config.sources:
-        raise UserError("No dialogues. Set --data.sources to a .jsonl file, hf:NAME or tfds:NAME.")
-    if not 0 <= config.held_out <= 0.5:
-        raise UserError(f"--data.held-out {config.held_out} is no fraction of dialogues between 0 and 0.5.")
+    check_sources(config.sources, config.held_out, config.bad_rows, "dialogues")
     if config.eval_dialogues < 0:
         raise UserError(f"--data.eval-dialogues is {config.eval_dialogues}; it must be above 0, or 0 for all held out.")
-    if not 0 <= config.bad_rows <= 1:
-        raise UserError(f"--data.bad-rows {config.bad_rows} is no share of rows between 0 and 1.")

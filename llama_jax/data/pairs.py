@@ -16,13 +16,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from llama_jax.data.dialogues import Skipped, open_rows
+from llama_jax.data.drawing import check_sources, check_weights, random_order
 from llama_jax.data.examples import best_fit
 from llama_jax.data.pipeline import own_rows
 from llama_jax.data.preferences import (
     EncodedPair,
     PairShape,
     Preference,
-    Strength,
     detect_pair_shape,
     encode_pair,
     pair_shape_named,
@@ -253,17 +253,7 @@ class PairOrder:
 
     def __post_init__(self):
         """Raises UserError for weights that do not suit the sources."""
-        sizes = self.pairs.sizes
-        if self.weights and len(self.weights) != len(sizes):
-            raise UserError(
-                f"{len(self.weights)} weights for {len(sizes)} sources. Give --data.weights one number for each."
-            )
-        if self.weights and not (all(weight > 0 for weight in self.weights) and all(sizes)):
-            weights, counts = (", ".join(map(str, values)) for values in (self.weights, sizes))
-            raise UserError(
-                f"Every weight must be above 0 and every source hold a pair, found weights {weights} for {counts} pairs. "
-                "Leave out sources not wanted."
-            )
+        check_weights(self.weights, self.pairs.sizes, "pairs")
 
     @property
     def drawn(self) -> tuple[int, ...]:
@@ -283,11 +273,11 @@ class PairOrder:
         """The numbers of an epoch's pairs in random order, none of them twice."""
         starts = np.cumsum([0, *self.pairs.sizes])
         parts = [
-            starts[source] + _order(self.pairs.sizes[source], self.seed, 0, source, epoch)[:count]
+            starts[source] + random_order(self.pairs.sizes[source], self.seed, 0, source, epoch)[:count]
             for source, count in enumerate(self.drawn)
         ]
         drawn = np.concatenate(parts)
-        return drawn[_order(len(drawn), self.seed, 1, epoch)]
+        return drawn[random_order(len(drawn), self.seed, 1, epoch)]
 
     def shape(self, epochs: int, length: int, multiple: int) -> BatchShape:
         """What every batch of so many epochs fits into: rows of `length` tokens, as many as a multiple of `multiple`."""
@@ -358,45 +348,7 @@ def evenly_spaced(count: int, most: int) -> np.ndarray:
     return np.arange(kept) * count // max(kept, 1)
 
 
-def statistics(pairs: Pairs, numbers: np.ndarray) -> dict[str, float]:
-    """What the paper's Table 6 says of a data set, of the pairs of these numbers: comparisons, and means of questions in a
-    dialogue, of tokens in an example (dialogue and one answer), in a question and in a judged answer.
-
-    The paper's prompt is one question: 31.4 tokens where 3.9 turns have 798.5 in all.
-    """
-    answers, lengths = pairs.answers[numbers], pairs.lengths[numbers]
-    return {
-        "comparisons": len(numbers),
-        "turns per dialogue": float(pairs.turns[numbers].mean()),
-        "tokens per example": float(lengths.mean()),
-        "tokens in prompt": float((pairs.questions[numbers] / pairs.turns[numbers]).mean()),
-        "tokens in response": float(answers.mean()),
-    }
-
-
-def agreement(pairs: Pairs, numbers: np.ndarray) -> dict[str, float]:
-    """How much annotators see between two answers, of the pairs of these numbers: the share of each strength, and of each
-    safety label, among the pairs that have one.
-    """
-    strength, safe = pairs.strength[numbers], pairs.safe[numbers]
-    known, labelled = strength[strength != UNKNOWN], safe[(safe != UNKNOWN).all(1)]
-    shares = {level.name.lower(): float((known == level).mean()) for level in reversed(Strength) if len(known)}
-    labels = {"chosen safe": (1, 0), "both safe": (1, 1), "both unsafe": (0, 0)}
-    return shares | {name: float((labelled == label).all(1).mean()) for name, label in labels.items() if len(labelled)}
-
-
-def _order(count: int, *key: int) -> np.ndarray:
-    """A random order of so many things. By raw bits: NumPy promises that these never change, unlike its shuffles."""
-    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
-    return np.argsort(bits, kind="stable")
-
-
 def _check(config: PreferenceConfig) -> None:
-    if not config.sources:
-        raise UserError("No preferences. Set --data.sources to a .jsonl file, hf:NAME or tfds:NAME.")
-    if not 0 <= config.held_out <= 0.5:
-        raise UserError(f"--data.held-out {config.held_out} is no fraction of pairs between 0 and 0.5.")
+    check_sources(config.sources, config.held_out, config.bad_rows, "preferences")
     if config.eval_pairs < 0:
         raise UserError(f"--data.eval-pairs is {config.eval_pairs}; it must be above 0, or 0 for all held out.")
-    if not 0 <= config.bad_rows <= 1:
-        raise UserError(f"--data.bad-rows {config.bad_rows} is no share of rows between 0 and 1.")

@@ -5,10 +5,9 @@ and at least 5, a cosine to a tenth. Helpfulness and safety are two models, of t
 """
 
 import dataclasses
-import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from llama_jax.config import Compute, LlamaConfig
 from llama_jax.conversion.convert import open_source, pinned
 from llama_jax.conversion.load import load_model
 from llama_jax.conversion.source import TOKENIZER
+from llama_jax.data.pair_statistics import described
 from llama_jax.data.pairs import (
     UNKNOWN,
     BatchCursor,
@@ -31,13 +31,10 @@ from llama_jax.data.pairs import (
     LoadedPairs,
     PairBatch,
     PairOrder,
-    Pairs,
     PreferenceConfig,
-    agreement,
     evenly_spaced,
     load_pairs,
     pair_batches,
-    statistics,
 )
 from llama_jax.errors import UserError
 from llama_jax.generation.rewards import warnings_of
@@ -52,12 +49,12 @@ from llama_jax.training import compiled as compiling
 from llama_jax.training import step as steps
 from llama_jax.training.batches import share_of_process
 from llama_jax.training.checkpoint import Checkpoints
-from llama_jax.training.held_out_pairs import Findings, PairScorer
+from llama_jax.training.held_out_pairs import Findings, PairScorer, scored_lines
 from llama_jax.training.loop import LoopConfig, fit
 from llama_jax.training.metrics import say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from llama_jax.training.preference_loss import SMALL_MARGINS, preferences_objective
-from llama_jax.training.run_folder import make_folder, open_run, without, write_whole
+from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without, write_whole
 from llama_jax.training.step import TrainState
 
 SCORES, FINDINGS = "scores.jsonl", "findings.json"
@@ -164,10 +161,11 @@ def run(config: RewardConfig) -> None:
         make_folder(folder)
         checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
         try:
+            pairs = prepared.loaded.train
             decisive = without(config, FREE_TO_CHANGE) | {
                 "checkpoint": str(prepared.checkpoint),
                 "tokenizer": prepared.tokenizer.sha256,
-                "pairs": fingerprint(prepared.loaded.train),
+                "pairs": fingerprint(pairs.ids, pairs.starts, pairs.strength, pairs.safe, np.array(pairs.sizes)),
             }
             open_run(folder, "reward", config, decisive, prepared.tokenizer, checkpoints, config.resume)
             model = train(prepared, checkpoints, decisive)
@@ -221,14 +219,6 @@ def prepare(config: RewardConfig, mesh: Mesh) -> Run:
 def warmed_up(config: OptimizerConfig, total_steps: int) -> OptimizerConfig:
     """The optimizer with the paper's warm-up of 3% of the steps, at least 5, where none is given."""
     return dataclasses.replace(config, warmup_steps=config.warmup_steps or max(5, math.ceil(0.03 * total_steps)))
-
-
-def fingerprint(pairs: Pairs) -> str:
-    """A number that depends on every token and label of the pairs and their order."""
-    digest = hashlib.sha256()
-    for part in (pairs.ids, pairs.starts, pairs.strength, pairs.safe, np.array(pairs.sizes)):
-        digest.update(np.ascontiguousarray(part))
-    return digest.hexdigest()
 
 
 def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> RewardModel:
@@ -377,34 +367,6 @@ def write_findings(prepared: Run, model: RewardModel) -> list[str]:
         write_whole(folder / SCORES, "".join(lines).encode())
         write_whole(folder / FINDINGS, json.dumps(known, indent=2).encode())
     return known["warnings"]
-
-
-def described(loaded: LoadedPairs) -> dict[str, dict[str, float]]:
-    """Statistics and agreement of each source's pairs to train on."""
-    return {
-        found.source: statistics(loaded.train, numbers) | agreement(loaded.train, numbers)
-        for number, found in enumerate(loaded.found[: len(loaded.train.sizes)])
-        if len(numbers := np.flatnonzero(loaded.train.source == number))
-    }
-
-
-def scored_lines(kind: str, sources: Sequence[str], pairs: Pairs, scores: np.ndarray) -> list[str]:
-    """A JSON line for each pair: where it is from, its labels, tokens of both answers and their scores."""
-    columns = (pairs.source, pairs.strength, pairs.safe, pairs.answers, scores)
-    return [
-        json.dumps(
-            {
-                "set": kind,
-                "source": sources[source],
-                "strength": strength,
-                "safe": safe,
-                "tokens": tokens,
-                "scores": both,
-            }
-        )
-        + "\n"
-        for source, strength, safe, tokens, both in zip(*(column.tolist() for column in columns), strict=True)
-    ]
 
 
 def banner(prepared: Run, plan: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ The paper's settings are the defaults: two epochs, batches of 64 rows of 4096 to
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from optax import GradientTransformation
 
@@ -50,7 +48,7 @@ from llama_jax.training.held_out import make_score
 from llama_jax.training.loop import LoopConfig, fit
 from llama_jax.training.metrics import read_metrics, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from llama_jax.training.run_folder import make_folder, open_run, without
+from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without
 from llama_jax.training.step import TrainState
 
 PAPER_PEAK_LR = 2e-5
@@ -160,10 +158,11 @@ def run(config: SFTConfig) -> None:
         make_folder(folder)
         checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
         try:
+            examples = prepared.loaded.train
             decisive = without(config, FREE_TO_CHANGE) | {
                 "checkpoint": str(prepared.checkpoint),
                 "tokenizer": prepared.tokenizer.sha256,
-                "dialogues": fingerprint(prepared.loaded.train),
+                "dialogues": fingerprint(examples.ids, examples.answer_mask, examples.starts),
             }
             open_run(folder, "sft", config, decisive, prepared.tokenizer, checkpoints, config.resume)
             metadata = {"recipe": decisive} | (adapters_metadata(prepared) if prepared.is_lora else {})
@@ -224,14 +223,6 @@ def check_length(config: SFTConfig, packing: Packing) -> None:
             f"the dialogues fill {rows} rows of {packing.length} tokens, and a batch has {config.rows}: it would hold "
             f"them several times; try --rows {max(rows // 8, 1)}, or shorter rows with --length"
         )
-
-
-def fingerprint(examples: Examples) -> str:
-    """A number that depends on every token of the examples, their order, and which are trained."""
-    digest = hashlib.sha256()
-    for part in (examples.ids, examples.answer_mask, examples.starts):
-        digest.update(np.ascontiguousarray(part))
-    return digest.hexdigest()
 
 
 def improvement(folder: Path) -> str:

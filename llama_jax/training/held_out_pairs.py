@@ -1,5 +1,6 @@
 """Held-out pairs (paper 3.2.2): their scores, and what these come to."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,3 +85,22 @@ class PairScorer:
 
 def _on_every_device(model: RewardModel, batch: PairBatch, compute: Compute, left: bool) -> jax.Array:
     return constrain(pair_scores(model, batch, compute, left), None, None, None)
+
+
+def scored_lines(kind: str, sources: Sequence[str], pairs: Pairs, scores: np.ndarray) -> list[str]:
+    """A JSON line for each pair: where it is from, its labels, tokens of both answers and their scores."""
+    columns = (pairs.source, pairs.strength, pairs.safe, pairs.answers, scores)
+    return [
+        json.dumps(
+            {
+                "set": kind,
+                "source": sources[source],
+                "strength": strength,
+                "safe": safe,
+                "tokens": tokens,
+                "scores": both,
+            }
+        )
+        + "\n"
+        for source, strength, safe, tokens, both in zip(*(column.tolist() for column in columns), strict=True)
+    ]

@@ -1,11 +1,13 @@
 """A run is a folder: what it holds, and whether a command may go on with what an earlier one left there."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import FILE_NAME, Tokenizer
@@ -106,6 +108,14 @@ def make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written to ({error.strerror}); name another with --out") from error
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+    """A number, in hexadecimal, that depends on every element of the arrays and on their order: what was trained on."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 
 from llama_jax.data.dialogues import Skipped, open_rows
+from llama_jax.data.pair_statistics import agreement, statistics
 from llama_jax.data.pairs import (
     UNKNOWN,
     BatchCursor,
     BatchShape,
     PairOrder,
     PreferenceConfig,
-    agreement,
     evenly_spaced,
     load_pairs,
     pack_pairs,
     pair_batches,
-    statistics,
 )
 from llama_jax.data.preferences import (
     PAIR_SHAPES,

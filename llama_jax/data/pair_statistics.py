@@ -1,0 +1,42 @@
+"""What a set of preferences is like, as the paper's Table 6 tells it, and how far its annotators agree (3.2.1)."""
+
+import numpy as np
+
+from llama_jax.data.pairs import UNKNOWN, LoadedPairs, Pairs
+from llama_jax.data.preferences import Strength
+
+
+def described(loaded: LoadedPairs) -> dict[str, dict[str, float]]:
+    """Statistics and agreement of each source's pairs to train on."""
+    return {
+        found.source: statistics(loaded.train, numbers) | agreement(loaded.train, numbers)
+        for number, found in enumerate(loaded.found[: len(loaded.train.sizes)])
+        if len(numbers := np.flatnonzero(loaded.train.source == number))
+    }
+
+
+def statistics(pairs: Pairs, numbers: np.ndarray) -> dict[str, float]:
+    """What the paper's Table 6 says of a data set, of the pairs of these numbers: comparisons, and means of questions in a
+    dialogue, of tokens in an example (dialogue and one answer), in a question and in a judged answer.
+
+    The paper's prompt is one question: 31.4 tokens where 3.9 turns have 798.5 in all.
+    """
+    answers, lengths = pairs.answers[numbers], pairs.lengths[numbers]
+    return {
+        "comparisons": len(numbers),
+        "turns per dialogue": float(pairs.turns[numbers].mean()),
+        "tokens per example": float(lengths.mean()),
+        "tokens in prompt": float((pairs.questions[numbers] / pairs.turns[numbers]).mean()),
+        "tokens in response": float(answers.mean()),
+    }
+
+
+def agreement(pairs: Pairs, numbers: np.ndarray) -> dict[str, float]:
+    """How much annotators see between two answers, of the pairs of these numbers: the share of each strength, and of each
+    safety label, among the pairs that have one.
+    """
+    strength, safe = pairs.strength[numbers], pairs.safe[numbers]
+    known, labelled = strength[strength != UNKNOWN], safe[(safe != UNKNOWN).all(1)]
+    shares = {level.name.lower(): float((known == level).mean()) for level in reversed(Strength) if len(known)}
+    labels = {"chosen safe": (1, 0), "both safe": (1, 1), "both unsafe": (0, 0)}
+    return shares | {name: float((labelled == label).all(1).mean()) for name, label in labels.items() if len(labelled)}
