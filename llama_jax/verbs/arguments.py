@@ -1,6 +1,7 @@
 """How words on the command line become a function's arguments or a config's fields."""
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -40,3 +41,8 @@ def config_with_flags(config: Config, name: str, description: str, flags: Sequen
 def show_fields(config_class: type, name: str, description: str) -> None:
     """Prints the help of a verb whose flags are the fields of a config, and exits."""
     tyro.cli(config_class, args=["--help"], prog=f"llama-jax {name}", description=description, config=_NO_SUBCOMMANDS)
+
+
+def with_sources(flags: Sequence[str]) -> list[str]:
+    """The flags with --data, alone or with = behind it, in full: --data.sources."""
+    return [re.sub("^--data(?==|$)", "--data.sources", flag) for flag in flags]
