@@ -160,7 +160,7 @@ def record(
     Raises:
       Diverged: three steps in a row were not finite.
     """
-    m = StepMetrics(*(np.asarray(value).item() for value in metrics))
+    m = jax.tree.map(lambda value: np.asarray(value).item(), metrics._replace(extras=()))
     if m.skipped_in_row >= MAX_SKIPPED_IN_ROW:
         raise Diverged(
             f"loss or gradient was not finite in {m.skipped_in_row} steps in a row, up to step {done}. "

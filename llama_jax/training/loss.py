@@ -1,7 +1,7 @@
 """Next-token cross-entropy in which the (B, T, V) logits never exist whole."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ class LossSums(NamedTuple):
     """Weighted sum of the cross-entropy alone, in nats."""
     correct: jax.Array
     """Weighted number of tokens that no other was predicted to be likelier than."""
+    extras: Any = ()
+    """What else an objective wants reported: a tree of float32 scalars."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

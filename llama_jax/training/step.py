@@ -48,7 +48,7 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports: float32 or int32 scalars."""
+    """What a step reports: float32 or int32 scalars, extras aside."""
 
     loss: jax.Array
     """Mean cross-entropy per target, nats; of a reward model the mean ranking loss per pair."""
@@ -60,6 +60,8 @@ class StepMetrics(NamedTuple):
     """Targets that counted."""
     skipped: jax.Array
     skipped_in_row: jax.Array
+    extras: Any = ()
+    """The objective's, (n_micro,) each: of every micro-batch its own, since not all are sums."""
 
 
 def init_state(config: LlamaConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -166,18 +168,24 @@ def make_train_step(
             return sums, (grads if layout is None else jax.lax.with_sharding_constraint(grads, layout.model))
 
         if micro_batches == 1:
-            return gradients(batch, weights, key)
+            sums, grads = gradients(batch, weights, key)
+            return sums._replace(extras=jax.tree.map(lambda extra: extra[None], sums.extras)), grads
 
         def split(a: jax.Array) -> jax.Array:
             # Row r goes to part r % micro_batches: every part lies on every device, and no row moves.
             return a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1)
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(*part)), None
+        def without_extras(sums: LossSums, grads: Any) -> tuple[LossSums, Any]:
+            return sums._replace(extras=()), grads
 
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, batch, weights, key))
+        def add(total: Any, part: Any) -> tuple[Any, Any]:
+            sums, grads = gradients(*part)
+            return jax.tree.map(jnp.add, total, without_extras(sums, grads)), sums.extras
+
+        zeros = jax.tree.map(jnp.zeros_like, without_extras(*jax.eval_shape(gradients, batch, weights, key)))
         parts = (*jax.tree.map(split, (batch, weights)), jax.random.split(key, micro_batches))
-        return jax.lax.scan(add, zeros, parts)[0]
+        (sums, grads), extras = jax.lax.scan(add, zeros, parts)
+        return sums._replace(extras=extras), grads
 
     def step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -197,6 +205,7 @@ def make_train_step(
             jnp.where(good, 0, state.skipped_in_row + 1),
         )
         targets = objective.targets(batch).sum()
-        return state, StepMetrics(sums.nats, sums.correct, grad_norm, targets, state.skipped, state.skipped_in_row)
+        counters = state.skipped, state.skipped_in_row
+        return state, StepMetrics(sums.nats, sums.correct, grad_norm, targets, *counters, sums.extras)
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
