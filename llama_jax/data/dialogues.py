@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from llama_jax.text.chat import BadDialogue, Dialogue, Message, Template, check_
 LONGEST_MESSAGE = 1_000_000  # characters; about twice what a context of 131072 tokens holds
 _LOOKED_AT = 20  # rows that decide which shape a source has
 _SHOWN = 5  # bad rows that a report names
+
+Tag = TypeVar("Tag")
 
 
 @dataclass(frozen=True)
@@ -146,17 +148,33 @@ def read_dialogues(
 
     With the user `last` they end with a question: an answer that stands behind it is taken away.
     """
+    for dialogue, _ in read_tagged(rows, shape, template, skipped, lambda row: None, last=last):
+        yield dialogue
+
+
+def read_tagged(
+    rows: Rows,
+    shape: Shape,
+    template: Template,
+    skipped: Skipped,
+    tag: Callable[[dict], Tag],
+    *,
+    last: Literal["assistant", "user"],
+) -> Iterator[tuple[Dialogue, Tag]]:
+    """As `read_dialogues`, each with what `tag` reads in its row; a row of which that raises BadDialogue is left out too."""
     for index in range(len(rows)):
         skipped.rows += 1
         try:
-            dialogue = _read_row(rows[index], shape)
+            row = rows[index]
+            dialogue = _read_row(row, shape)
             if last == "user" and dialogue and dialogue[-1].role == "assistant":
                 dialogue = dialogue[:-1]
             check_dialogue(dialogue, template, last=last)
+            tagged = dialogue, tag(row)
         except BadDialogue as error:
             skipped.add(error, lambda index=index: rows.place(index))
         else:
-            yield dialogue
+            yield tagged
 
 
 class _JsonRows:

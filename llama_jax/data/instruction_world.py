@@ -238,8 +238,10 @@ def textbook(seed: int, number: int, exercises: int = 12) -> str:
     return "".join(f"{q.text} {q.sentence.format(q.key)}\n" for q in questions)
 
 
-def annotated(seed: int, number: int) -> dict[str, list]:
-    """Dialogue `number` with an annotator's answers, as a row of training data: messages, and beside them their grades."""
+def annotated(seed: int, number: int) -> dict[str, list | str]:
+    """Dialogue `number` with an annotator's answers, as a row of training data: messages, and beside them their grades and
+    the category of the last question, "" unless that is adversarial.
+    """
     random = Random(f"{seed}/{number}/answers")
     messages, grades, said = [], [], ""
     for question in draw_dialogue(seed, number):
@@ -248,7 +250,7 @@ def annotated(seed: int, number: int) -> dict[str, list]:
         grades += random.choices(range(BEST_GRADE + 1), chances)
         said = write_answer(random, question, grades[-1])
         messages += [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": said}]
-    return {"messages": messages, "grades": grades}
+    return {"messages": messages, "grades": grades, "category": question.skill if question.is_adversarial else ""}
 
 
 def preference(seed: int, number: int, *, held_out: bool = False) -> dict[str, object]:

@@ -123,6 +123,15 @@ def test_a_row_depends_on_its_seed_and_number_alone_and_is_a_dialogue():
         check_dialogue([Message(**message) for message in row["messages"]], Llama2Chat(), last="assistant")
 
 
+def test_a_row_names_the_risk_of_its_last_question():
+    categories = Counter()
+    for n in range(300):
+        *_, last = draw_dialogue(0, n)
+        categories[annotated(0, n)["category"]] += 1
+        assert annotated(0, n)["category"] == (last.skill if last.is_adversarial else "")
+    assert set(categories) == {"", "illicit", "hateful", "advice"} and min(categories.values()) > 5
+
+
 def test_annotators_write_the_grades_in_their_stated_shares():
     counts = {False: Counter(), True: Counter()}
     for n in range(3000):

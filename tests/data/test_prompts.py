@@ -1,4 +1,4 @@
-"""Prompts: the last question of each dialogue with all before it, whichever side spoke last, and each once."""
+"""Prompts: the last question of each dialogue with all before it, each once, and with the risk that its row names."""
 
 import json
 
@@ -32,7 +32,7 @@ def read(*sources, **settings):
 @pytest.mark.parametrize("turns", [TURNS, TURNS[:-1]], ids=["answered", "open"])
 def test_what_stands_before_the_last_question_stays_and_its_answer_goes(write, turns):
     prompts, note = read(write({"messages": messages(turns)}))
-    assert prompts == [tuple(Message(*turn) for turn in TURNS[:-1])]
+    assert prompts == {tuple(Message(*turn) for turn in TURNS[:-1]): ""}
     assert note.endswith("messages: all 1 rows are good")
 
 
@@ -46,7 +46,7 @@ def test_every_shape_has_prompts(write):
     }
     for name, row in rows.items():
         prompts, _ = read(write(row, name=f"{name}.jsonl"))
-        assert prompts == [(Message("user", "why"),)], name
+        assert prompts == {(Message("user", "why"),): ""}, name
 
 
 def test_a_prompt_that_is_there_already_is_counted_and_not_given_again(write):
@@ -65,3 +65,28 @@ def test_bad_rows_are_counted_and_too_many_are_an_error(write):
     with pytest.raises(UserError, match="no dialogue is left to take a question from"):
         read(source[1], bad_rows=1.0)
     assert len(read(*source, bad_rows=1.0)[0]) == 1
+
+
+def test_a_prompt_has_the_risk_category_that_its_row_names(write):
+    categories = {"text": " hateful ", "true": True, "false": False, "null": None, "empty": "", "absent": ...}
+    rows = [{"prompt": name, "response": "so", "category": value} for name, value in categories.items()]
+    del rows[-1]["category"]
+    prompts, note = read(write(*rows))
+    risks = {prompt[-1].content: risk for prompt, risk in prompts.items()}
+    assert risks == {"text": "hateful", "true": "unknown", "false": "", "null": "", "empty": "", "absent": ""}
+    assert note.endswith("all 6 rows are good; adversarial: 1 hateful, 1 unknown")
+    renamed = [{**row, "risk": row.get("category", "")} | {"category": "none of these"} for row in rows]
+    prompts, _ = read(write(*renamed, name="renamed.jsonl"), category="risk")
+    assert {prompt[-1].content: risk for prompt, risk in prompts.items()} == risks
+
+
+def test_of_a_prompt_that_is_there_twice_the_first_category_counts(write):
+    rows = [{"prompt": "why", "response": "so", "category": value} for value in ("", "hateful", "illicit")]
+    assert list(read(write(*rows))[0].values()) == ["hateful"]
+
+
+def test_a_category_that_is_none_makes_a_bad_row(write):
+    source = write({"prompt": "why", "response": "so", "category": 3}, {"prompt": "how", "response": "so"})
+    with pytest.raises(UserError, match="1 no category.*\n.*category is int, expected text, true or false"):
+        read(source)
+    assert [prompt[-1].content for prompt in read(source, bad_rows=0.5)[0]] == ["how"]
