@@ -22,14 +22,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from llama_jax.config import LlamaConfig
 from llama_jax.conversion import layout, peft, source
 from llama_jax.conversion.adapted import AdaptedSource, read_adapters
 from llama_jax.conversion.huggingface import HuggingFaceSink, HuggingFaceSource, read_json
 from llama_jax.conversion.llama2c import Llama2cSink, Llama2cSource
 from llama_jax.conversion.meta import MetaSink, MetaSource
 from llama_jax.conversion.ours import OurSink, OurSource
-from llama_jax.conversion.source import Overrides, Source
+from llama_jax.conversion.source import TOKENIZER, Overrides, Source
 from llama_jax.errors import UserError
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.checkpoint import find_checkpoints, newest_readable
 
 Form = Literal["hf", "meta", "ours", "llama2c", "peft"]
@@ -73,6 +75,19 @@ def pinned(path: str | Path) -> Path:
     """
     path = locate(path)
     return newest_readable(path) if recognise(path) == "ours" else path
+
+
+def open_pinned(path: str | Path) -> tuple[Path, LlamaConfig, Tokenizer]:
+    """Where a checkpoint lies, see `pinned`, its architecture and its tokenizer, before any weight is read.
+
+    Raises:
+      UserError: it is no whole checkpoint, or has no tokenizer.
+    """
+    checkpoint = pinned(path)
+    opened = open_source(checkpoint)
+    if TOKENIZER not in opened.assets:
+        raise UserError(f"{path} has no {TOKENIZER}; copy the model's own beside its weights")
+    return checkpoint, opened.config, Tokenizer(opened.assets[TOKENIZER], f"{path}/{TOKENIZER}")
 
 
 def recognise(path: Path) -> Form:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.config import Compute, llama_config_from_json
+from llama_jax.config import Compute, LlamaConfig, llama_config_from_json
 from llama_jax.conversion.load import load_model
 from llama_jax.data.preferences import encode_judged
 from llama_jax.errors import UserError
@@ -96,30 +96,91 @@ def load_reward_model(path: str | Path, mesh: Mesh | None = None, dtype: Any = N
     raise AssertionError("find_checkpoints returned an empty list")
 
 
-def _read(folder: Path, mesh: Mesh, dtype: Any) -> LoadedReward:
+class RewardInfo(NamedTuple):
+    """What a checkpoint of the reward stage says of itself."""
+
+    folder: Path
+    config: LlamaConfig
+    """The transformer's, without a next-token head."""
+    lora: LoraConfig | None
+    """None where every weight was trained."""
+    base: str
+    """The model that the adapters belong to; empty where every weight was trained."""
+    template: Template
+    findings: Findings | None
+
+
+def reward_info(folder: Path) -> RewardInfo:
+    """Reads what one checkpoint folder says, without its arrays.
+
+    Raises:
+      UserError: it is no reward model, or cannot be read.
+    """
     metadata = read_metadata(folder)
     if "reward" not in metadata:
         raise UserError(
             f"{folder} holds no reward model; train one with llama-jax reward CHECKPOINT --data PAIRS.jsonl"
         )
-    known, config = metadata["reward"], llama_config_from_json(metadata["model"])
-    abstract = abstract_reward_model(config, mesh)
+    known, lora, base = metadata["reward"], None, ""
     if known["adapters"]:
         lora = LoraConfig(**known["adapters"]["lora"] | {"targets": tuple(known["adapters"]["lora"]["targets"])})
-        abstract = dataclasses.replace(abstract, trunk=abstract_adapters(config, lora, mesh))
-    model = restore_tree(folder, abstract, metadata)
-    if known["adapters"]:
-        if not Path(base := known["adapters"]["base"]).exists():
-            raise UserError(f"{folder} holds adapters for the model {base}, which is not there; put it back")
-        trunk = without_head(load_model(base, mesh)[0])
-        model = dataclasses.replace(model, trunk=merge(trunk, model.trunk, lora))
-    if dtype is not None:
-        model = jax.jit(lambda model: dataclasses.replace(model, trunk=model.trunk.cast(dtype)))(model)
+        base = known["adapters"]["base"]
     findings = Findings(**known["findings"]) if known["findings"] else None
+    template = Plain() if known["plain"] else Llama2Chat()
+    return RewardInfo(folder, llama_config_from_json(metadata["model"]), lora, base, template, findings)
+
+
+def check_format(info: RewardInfo, path: str, template: Template) -> None:
+    """Raises UserError if a reward model, which was named as `path`, reads dialogues in another format than `template`."""
+    if isinstance(info.template, Plain) != isinstance(template, Plain):
+        with_, here = ("with", "without") if isinstance(info.template, Plain) else ("without", "with")
+        raise UserError(
+            f"the reward model {path} was trained {with_} --plain, and is used {here} it; use it {with_} --plain too, or "
+            "name another"
+        )
+
+
+def read_trained(info: RewardInfo, mesh: Mesh) -> RewardModel:
+    """What was trained, in float32: a whole reward model, or adapters in the place of its transformer.
+
+    Raises:
+      UserError: it is not whole.
+    """
+    abstract = abstract_reward_model(info.config, mesh)
+    if info.lora is not None:
+        abstract = dataclasses.replace(abstract, trunk=abstract_adapters(info.config, info.lora, mesh))
+    return restore_tree(info.folder, abstract, read_metadata(info.folder))
+
+
+def read_whole(info: RewardInfo, mesh: Mesh) -> RewardModel:
+    """The whole reward model: adapters are merged into the weights that they belong to, which are read for that.
+
+    Raises:
+      UserError: it is not whole, or these weights are not there.
+    """
+    trained = read_trained(info, mesh)
+    if info.lora is None:
+        return trained
+    if not Path(info.base).exists():
+        raise UserError(f"{info.folder} holds adapters for the model {info.base}, which is not there; put it back")
+    trunk = without_head(load_model(info.base, mesh)[0])
+    return dataclasses.replace(trained, trunk=merge(trunk, trained.trunk, info.lora))
+
+
+@partial(jax.jit, static_argnums=1)
+def cast_trunk(model: RewardModel, dtype: Any) -> RewardModel:
+    """The model with its transformer in another dtype; the head stays in float32."""
+    return dataclasses.replace(model, trunk=model.trunk.cast(dtype))
+
+
+def _read(folder: Path, mesh: Mesh, dtype: Any) -> LoadedReward:
+    info = reward_info(folder)
+    model = read_whole(info, mesh)
+    model = model if dtype is None else cast_trunk(model, dtype)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"checkpoint {folder} has no tokenizer")
-    return LoadedReward(model, tokenizer, Plain() if known["plain"] else Llama2Chat(), findings)
+    return LoadedReward(model, tokenizer, info.template, info.findings)
 
 
 def make_score(

@@ -21,14 +21,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from llama_jax.conversion.convert import open_source, pinned
-from llama_jax.conversion.source import TOKENIZER
+from llama_jax.conversion.convert import open_pinned
 from llama_jax.data.prompts import PromptsConfig, read_prompts
 from llama_jax.data.samples import SAMPLES, best_sample, read_pool, read_samples
 from llama_jax.errors import Preempted, UserError
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.replies import reply_to
-from llama_jax.generation.rewards import make_score, warnings_of
+from llama_jax.generation.rewards import check_format, make_score, reward_info, warnings_of
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.chat import (
     Dialogue,
@@ -38,9 +37,7 @@ from llama_jax.text.chat import (
     Template,
     encode_prompt,
 )
-from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.training.checkpoint import newest_readable, read_metadata
-from llama_jax.training.held_out_pairs import Findings
+from llama_jax.training.checkpoint import newest_readable
 from llama_jax.training.metrics import format_duration, say
 from llama_jax.training.preemption import StopSignal
 from llama_jax.training.run_folder import find_recipe, make_folder, without, write_recipe, write_whole
@@ -91,7 +88,7 @@ class RejectionConfig:
 
 
 # Data, pool and reward model are compared by what they turned out to be.
-FREE_TO_CHANGE = ("data.sources", "pool", "mesh", "out", "resume", "dry_run")
+FREE_TO_CHANGE = ("data.sources", "data.category", "pool", "mesh", "out", "resume", "dry_run")
 
 
 @dataclass(frozen=True)
@@ -162,21 +159,17 @@ def prepare(config: RejectionConfig, has_score: bool = False) -> Prepared:
       UserError: they do not fit each other or the settings.
     """
     _check(config, has_score)
-    checkpoint = pinned(config.checkpoint)
-    opened = open_source(checkpoint)
-    if TOKENIZER not in opened.assets:
-        raise UserError(f"{config.checkpoint} has no {TOKENIZER}; copy the model's own beside its weights")
-    tokenizer = Tokenizer(opened.assets[TOKENIZER], f"{config.checkpoint}/{TOKENIZER}")
+    checkpoint, model, tokenizer = open_pinned(config.checkpoint)
     template: Template = Plain() if config.plain else Llama2Chat()
     reward = None if has_score else _reward_model(config.reward, template)
     prompts, found = read_prompts(config.data, template)
     say(found)
-    room = opened.config.context_length - config.max_new_tokens
+    room = model.context_length - config.max_new_tokens
     short = [prompt for prompt in prompts if len(encode_prompt(tokenizer, prompt, template)) <= room]
     if not short:
         raise UserError(
             f"none of {len(prompts)} prompts leaves room for --max-new-tokens {config.max_new_tokens} in the model's "
-            f"context of {opened.config.context_length} tokens; lower it"
+            f"context of {model.context_length} tokens; lower it"
         )
     if len(short) < len(prompts):
         say(f"{len(prompts) - len(short)} of {len(prompts)} prompts leave no room for an answer and are left out")
@@ -214,18 +207,11 @@ def _check(config: RejectionConfig, has_score: bool) -> None:
 
 def _reward_model(path: str, template: Template) -> Path:
     """The checkpoint of a reward model; says what speaks against it. Raises UserError if it is none or has another format."""
-    folder = newest_readable(Path(path))
-    known = read_metadata(folder).get("reward")
-    if known is None:
-        raise UserError(f"{path} holds no reward model; train one: llama-jax reward CHECKPOINT --data PAIRS.jsonl")
-    if known["plain"] != isinstance(template, Plain):
-        raise UserError(
-            f"the reward model {path} was trained {'with' if known['plain'] else 'without'} --plain; sample "
-            f"{'with' if known['plain'] else 'without'} it too, or name another --reward"
-        )
-    for reason in warnings_of(Findings(**known["findings"]) if known["findings"] else None):
+    info = reward_info(newest_readable(Path(path)))
+    check_format(info, path, template)
+    for reason in warnings_of(info.findings):
         say(f"warning: {path} is a poor judge: {reason}")
-    return folder
+    return info.folder
 
 
 def load(prepared: Prepared, score: Score | None) -> tuple[Llama, Score]:

@@ -12,14 +12,16 @@ from types import SimpleNamespace
 import pytest
 
 from llama_jax import cli
+from llama_jax.config import LLAMA2_7B
 from llama_jax.data.examples import DialogueConfig, load_examples
 from llama_jax.data.prompts import PromptsConfig
 from llama_jax.data.samples import read_samples
 from llama_jax.errors import Preempted, UserError
 from llama_jax.generation.llama import Completion, Llama
+from llama_jax.generation.rewards import RewardInfo
 from llama_jax.stages import rejection
 from llama_jax.stages.rejection import RejectionConfig, run
-from llama_jax.text.chat import Llama2Chat
+from llama_jax.text.chat import Llama2Chat, Plain
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.held_out_pairs import Findings
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -362,9 +364,11 @@ def judge(monkeypatch):
     """Lets a reward model be found at any path, with these findings."""
 
     def use(findings: Findings | None, plain: bool = False) -> None:
-        known = {"plain": plain, "findings": findings and vars(findings)}
+        template = Plain() if plain else Llama2Chat()
         monkeypatch.setattr(rejection, "newest_readable", lambda path: path / "checkpoints" / "7")
-        monkeypatch.setattr(rejection, "read_metadata", lambda folder: {"reward": known})
+        monkeypatch.setattr(
+            rejection, "reward_info", lambda folder: RewardInfo(folder, LLAMA2_7B, None, "", template, findings)
+        )
 
     return use
 
@@ -386,7 +390,7 @@ def test_the_reward_model_judges_and_is_named_by_its_checkpoint(speak, recipe, j
     known = json.loads((Path(recipe().out) / "config.json").read_text())["recipe"]
     assert known["reward"] == str(Path("helpful/checkpoints/7").resolve())
     judge(None, plain=True)
-    with pytest.raises(UserError, match="was trained with --plain; sample with it too"):
+    with pytest.raises(UserError, match="was trained with --plain, and is used without it"):
         run(recipe(reward="helpful"))
 
 
