@@ -176,6 +176,11 @@ class LoadedPairs(NamedTuple):
     found: tuple[Found, ...]
     """For each source, and then for each test source."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest pair, whose two dialogues stand one behind the other."""
+        return max(int(pairs.lengths.sum(1).max()) for pairs in (self.train, self.held_out, self.tests) if len(pairs))
+
     def __str__(self) -> str:
         counts = f"{len(self.train)} pairs to train on, {len(self.held_out)} held out, {len(self.tests)} in test sets"
         return "\n".join([*map(str, self.found), counts])
@@ -219,6 +224,8 @@ class PairBatch(NamedTuple):
     segment_ids_BT: np.ndarray  # int32, another number for every dialogue of a row, 0 for padding
     chosen_last_BK: np.ndarray  # int32, where each chosen dialogue's last token stands
     rejected_last_BK: np.ndarray  # int32
+    chosen_answer_BK: np.ndarray  # int32, tokens of each chosen dialogue's last answer, with the id that ends it
+    rejected_answer_BK: np.ndarray  # int32
     strength_BK: np.ndarray  # int32, `Strength` or UNKNOWN
     chosen_safe_BK: np.ndarray  # int32, 1, 0 or UNKNOWN
     rejected_safe_BK: np.ndarray  # int32
@@ -326,10 +333,8 @@ def pack_pairs(pairs: Pairs, numbers: np.ndarray, length: int) -> list[list[int]
 def make_pair_batch(pairs: Pairs, packed: Sequence[Sequence[int]], shape: BatchShape, own: range) -> PairBatch:
     """Lays out this process's own rows of a global batch; what is left of rows and places holds no pair."""
     tokens, segments = (np.zeros((len(own), shape.length), np.int32) for _ in range(2))
-    last, safe = (
-        np.zeros((2, len(own), shape.places), np.int32),
-        np.full((2, len(own), shape.places), UNKNOWN, np.int32),
-    )
+    last, answer = (np.zeros((2, len(own), shape.places), np.int32) for _ in range(2))
+    safe = np.full((2, len(own), shape.places), UNKNOWN, np.int32)
     strength, mask = np.full((len(own), shape.places), UNKNOWN, np.int32), np.zeros((len(own), shape.places), bool)
     for r, numbers in enumerate(packed[own.start : own.stop]):
         start = 0
@@ -339,7 +344,8 @@ def make_pair_batch(pairs: Pairs, packed: Sequence[Sequence[int]], shape: BatchS
                 tokens[r, at], segments[r, at] = ids, 2 * k + side + 1
                 start, last[side, r, k] = at.stop, at.stop - 1
             strength[r, k], safe[:, r, k], mask[r, k] = pairs.strength[number], pairs.safe[number], True
-    return PairBatch(tokens, segments, *last, strength, *safe, mask)
+            answer[:, r, k] = pairs.answers[number]
+    return PairBatch(tokens, segments, *last, *answer, strength, *safe, mask)
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:

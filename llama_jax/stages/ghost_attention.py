@@ -21,8 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llama_jax.conversion.convert import locate, open_source, recognise
-from llama_jax.conversion.source import TOKENIZER
+from llama_jax.conversion.convert import open_pinned
 from llama_jax.data.constraints import (
     KINDS,
     Instruction,
@@ -41,7 +40,6 @@ from llama_jax.generation.lists import write_list
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.replies import reply_to
 from llama_jax.text.chat import Dialogue, Llama2Chat, Message, Plain, Template
-from llama_jax.training.checkpoint import find_checkpoints
 from llama_jax.training.metrics import format_duration, say
 from llama_jax.training.preemption import StopSignal
 from llama_jax.training.run_folder import find_recipe, make_folder, without, write_recipe, write_whole
@@ -202,13 +200,8 @@ def prepare(config: GhostAttentionConfig, samples: int = 1, score: Score | None 
             raise UserError(f"{name} is {value}; it must be 1 or more")
     if samples > 1 and score is None:
         raise UserError(f"of {samples} samples the best should be kept, but no score function says which; give `score`")
-    checkpoint = locate(config.checkpoint)
-    if recognise(checkpoint) == "ours":
-        checkpoint = find_checkpoints(checkpoint)[-1]  # named, so that a run which is trained on does not slip in
-    opened = open_source(checkpoint)
-    if TOKENIZER not in opened.assets:
-        raise UserError(f"{config.checkpoint} has no {TOKENIZER}; copy the model's own beside its weights")
-    context = opened.config.context_length
+    checkpoint, model, _ = open_pinned(config.checkpoint)
+    context = model.context_length
     if config.max_new_tokens >= context:
         raise UserError(
             f"--max-new-tokens {config.max_new_tokens} leaves no room for a question in the model's context of {context}"

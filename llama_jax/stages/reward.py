@@ -20,16 +20,14 @@ from jax.sharding import Mesh
 from optax import GradientTransformation
 
 from llama_jax.config import Compute, LlamaConfig
-from llama_jax.conversion.convert import open_source, pinned
+from llama_jax.conversion.convert import open_pinned
 from llama_jax.conversion.load import load_model
-from llama_jax.conversion.source import TOKENIZER
 from llama_jax.data.pair_statistics import described
 from llama_jax.data.pairs import (
     UNKNOWN,
     BatchCursor,
     BatchShape,
     LoadedPairs,
-    PairBatch,
     PairOrder,
     PreferenceConfig,
     evenly_spaced,
@@ -47,12 +45,12 @@ from llama_jax.text.chat import Encoded, Llama2Chat, Plain, Template, shown
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training import compiled as compiling
 from llama_jax.training import step as steps
-from llama_jax.training.batches import share_of_process
+from llama_jax.training.batches import abstract_pairs, share_of_process
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.held_out_pairs import Findings, PairScorer, scored_lines
 from llama_jax.training.loop import LoopConfig, fit
 from llama_jax.training.metrics import say
-from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmed_up
 from llama_jax.training.preference_loss import SMALL_MARGINS, preferences_objective
 from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without, write_whole
 from llama_jax.training.step import TrainState
@@ -191,12 +189,8 @@ def prepare(config: RewardConfig, mesh: Mesh) -> Run:
         )
     if not all(math.isfinite(value) and value >= 0 for value in (*config.margins, config.safety_weight)):
         raise UserError(f"--margins {config.margins} and --safety-weight {config.safety_weight} must be 0 or more")
-    checkpoint = pinned(config.checkpoint)
-    opened = open_source(checkpoint)
-    if TOKENIZER not in opened.assets:
-        raise UserError(f"{config.checkpoint} has no {TOKENIZER}; copy the model's own beside its weights")
-    tokenizer = Tokenizer(opened.assets[TOKENIZER], f"{config.checkpoint}/{TOKENIZER}")
-    context = opened.config.context_length
+    checkpoint, whole, tokenizer = open_pinned(config.checkpoint)
+    context = whole.context_length
     if config.length > context:
         raise UserError(f"--length {config.length} is more than the model's context of {context} tokens")
     template: Template = Plain() if config.plain else Llama2Chat()
@@ -204,21 +198,15 @@ def prepare(config: RewardConfig, mesh: Mesh) -> Run:
     if config.safety_weight and (loaded.train.safe == UNKNOWN).all():
         raise UserError("--safety-weight is for pairs with safety labels (`safety`), and none here has one")
     order = PairOrder(loaded.train, config.pairs, config.seed, config.data.weights)
-    longest = max(int(pairs.lengths.sum(1).max()) for pairs in loaded[:3] if len(pairs))
-    # Our choice: a row is as long as the longest pair, whose two dialogues stand one behind the other.
-    length = longest + -longest % (128 * ways("length"))
+    # Our choice: a row is as long as the longest pair.
+    length = loaded.longest + -loaded.longest % (128 * ways("length"))
     shape = order.shape(config.epochs, length, ways("batch") * config.micro_batches)
-    check_divides(mesh_sizes(mesh), opened.config, shape.rows // config.micro_batches, length)
+    check_divides(mesh_sizes(mesh), whole, shape.rows // config.micro_batches, length)
     total_steps = config.epochs * order.batches
     schedule = warmed_up(config.optimizer, total_steps)
-    model = trunk_config(opened.config)
+    model = trunk_config(whole)
     optimizer = make_optimizer(schedule, declared(config, model), total_steps)
     return Run(config, checkpoint, model, tokenizer, loaded, order, shape, total_steps, mesh, schedule, optimizer)
-
-
-def warmed_up(config: OptimizerConfig, total_steps: int) -> OptimizerConfig:
-    """The optimizer with the paper's warm-up of 3% of the steps, at least 5, where none is given."""
-    return dataclasses.replace(config, warmup_steps=config.warmup_steps or max(5, math.ceil(0.03 * total_steps)))
 
 
 def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> RewardModel:
@@ -337,10 +325,7 @@ def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
         assemble=partial(assemble, prepared),
         seed=config.seed,
     )
-    shape = prepared.shape
-    tokens = jax.ShapeDtypeStruct((shape.rows, shape.length), jnp.int32, sharding=sharding(mesh, "batch", "length"))
-    places = jax.ShapeDtypeStruct((shape.rows, shape.places), jnp.int32, sharding=sharding(mesh, "batch", None))
-    batch = PairBatch(tokens, tokens, *[places] * 5, places.update(dtype=jnp.bool_))
+    batch = abstract_pairs(mesh, prepared.shape)
     return compiling.compile_step(train_step, mesh, prepared.model.n_params, state, batch, frozen)
 
 

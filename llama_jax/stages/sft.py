@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 from optax import GradientTransformation
 
 from llama_jax.config import Compute, LlamaConfig
-from llama_jax.conversion.convert import open_source, pinned
+from llama_jax.conversion.convert import open_pinned
 from llama_jax.conversion.load import load_model
-from llama_jax.conversion.source import TOKENIZER
 from llama_jax.data.examples import (
     DialogueConfig,
     Examples,
@@ -188,25 +187,21 @@ def prepare(config: SFTConfig, mesh: Mesh) -> Run:
         raise UserError("--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora")
     if config.int8 and config.nf4:
         raise UserError("--int8 and --nf4 were both given; the frozen weights have 8 bits or 4")
-    checkpoint = pinned(config.checkpoint)
-    opened = open_source(checkpoint)
-    if TOKENIZER not in opened.assets:
-        raise UserError(f"{config.checkpoint} has no {TOKENIZER}; copy the model's own beside its weights")
-    tokenizer = Tokenizer(opened.assets[TOKENIZER], f"{config.checkpoint}/{TOKENIZER}")
-    length = config.length or opened.config.context_length
-    if length > opened.config.context_length:
-        raise UserError(f"--length {length} is more than the model's context of {opened.config.context_length} tokens")
+    checkpoint, model, tokenizer = open_pinned(config.checkpoint)
+    length = config.length or model.context_length
+    if length > model.context_length:
+        raise UserError(f"--length {length} is more than the model's context of {model.context_length} tokens")
     if config.micro_batches < 1 or config.rows % config.micro_batches:
         raise UserError(f"--micro-batches {config.micro_batches} does not divide the {config.rows} rows of a batch")
-    check_divides(mesh_sizes(mesh), opened.config, config.rows // config.micro_batches, length)
+    check_divides(mesh_sizes(mesh), model, config.rows // config.micro_batches, length)
     template: Template = Plain() if config.plain else Llama2Chat()
     loaded = load_examples(config.data, tokenizer, template, length)
     packing = Packing(loaded.train, length, config.seed, config.data.weights)
     check_length(config, packing)
     total_steps = math.ceil(packing.count(config.epochs) / config.rows)
-    trained = describe_adapters(opened.config, config.lora) if config.train == "lora" else opened.config
+    trained = describe_adapters(model, config.lora) if config.train == "lora" else model
     optimizer = make_optimizer(config.optimizer, trained, total_steps)
-    return Run(config, checkpoint, opened.config, tokenizer, loaded, packing, total_steps, mesh, optimizer)
+    return Run(config, checkpoint, model, tokenizer, loaded, packing, total_steps, mesh, optimizer)
 
 
 def check_length(config: SFTConfig, packing: Packing) -> None:

@@ -3,10 +3,12 @@
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.parallel.mesh import batch_rows_of_process, global_array
+from llama_jax.data.pairs import BatchShape, PairBatch
+from llama_jax.parallel.mesh import batch_rows_of_process, global_array, sharding
 
 AnyBatch = TypeVar("AnyBatch", bound=tuple)  # a NamedTuple of arrays
 
@@ -15,6 +17,13 @@ def share_of_process(mesh: Mesh, rows: int) -> dict[str, int]:
     """Which equal share of a batch's rows this process feeds to its devices, as `make_batches` takes it."""
     span = batch_rows_of_process(mesh, rows)
     return {"process_index": span.start // (span.stop - span.start), "process_count": rows // (span.stop - span.start)}
+
+
+def abstract_pairs(mesh: Mesh, shape: BatchShape) -> PairBatch:
+    """A batch of pairs as shapes, dtypes and shardings."""
+    tokens = jax.ShapeDtypeStruct((shape.rows, shape.length), jnp.int32, sharding=sharding(mesh, "batch", "length"))
+    places = jax.ShapeDtypeStruct((shape.rows, shape.places), jnp.int32, sharding=sharding(mesh, "batch", None))
+    return PairBatch(tokens, tokens, *[places] * 7, places.update(dtype=jnp.bool_))
 
 
 def to_devices(mesh: Mesh, batch: AnyBatch, rows: int) -> AnyBatch:

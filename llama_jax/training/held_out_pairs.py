@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -71,16 +71,35 @@ class PairScorer:
 
     def _of_rows(self, model: RewardModel, pairs: Pairs, packed: Sequence[Sequence[int]], left: bool) -> np.ndarray:
         """Scores (pairs, 2) of the pairs in these rows; nan of all others."""
-        scores = np.full((len(pairs), 2), np.nan, np.float32)
         shape = BatchShape(self._rows, self._length, max(map(len, packed), default=0))
-        own = own_rows(shape.rows, **share_of_process(self._mesh, shape.rows))
-        for start in range(0, len(packed), shape.rows):
-            rows = packed[start : start + shape.rows]
-            batch = to_devices(self._mesh, make_pair_batch(pairs, rows, shape, own), shape.rows)
-            got_BK2 = np.asarray(self._scores(model, batch, left=left))
-            for row, numbers in enumerate(rows):
-                scores[numbers] = got_BK2[row, : len(numbers)]
-        return scores
+        return of_each_pair(lambda batch: self._scores(model, batch, left=left), self._mesh, pairs, packed, shape)
+
+
+def of_each_pair(
+    score: Callable[[PairBatch], jax.Array],
+    mesh: Mesh,
+    pairs: Pairs,
+    packed: Sequence[Sequence[int]],
+    shape: BatchShape,
+) -> np.ndarray:
+    """Two numbers of each pair, float32 (pairs, 2), batch by batch; nan of those that stand in no row.
+
+    Args:
+      score: gives them for a global batch, (B, K, 2), on every device of the mesh.
+      mesh: where the batches go.
+      pairs: all of them.
+      packed: which of them stand in which row.
+      shape: of a batch.
+    """
+    scores = np.full((len(pairs), 2), np.nan, np.float32)
+    own = own_rows(shape.rows, **share_of_process(mesh, shape.rows))
+    for start in range(0, len(packed), shape.rows):
+        rows = packed[start : start + shape.rows]
+        batch = to_devices(mesh, make_pair_batch(pairs, rows, shape, own), shape.rows)
+        got_BK2 = np.asarray(score(batch))
+        for row, numbers in enumerate(rows):
+            scores[numbers] = got_BK2[row, : len(numbers)]
+    return scores
 
 
 def _on_every_device(model: RewardModel, batch: PairBatch, compute: Compute, left: bool) -> jax.Array:

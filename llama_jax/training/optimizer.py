@@ -1,6 +1,7 @@
 """AdamW with a clipped gradient and a warmed-up cosine (paper 2.2)."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import jax
 import optax
@@ -50,6 +51,11 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     rise = optax.linear_schedule(config.peak_lr / warmup, config.peak_lr, max(warmup - 1, 1))
     fall = optax.cosine_decay_schedule(config.peak_lr, max(total_steps - warmup, 1), alpha=config.final_lr_ratio)
     return optax.join_schedules([rise, fall], [warmup - 1])
+
+
+def warmed_up(config: OptimizerConfig, total_steps: int) -> OptimizerConfig:
+    """The optimizer with the warm-up of the paper's reward models, 3% of the steps and at least 5, where none is given."""
+    return replace(config, warmup_steps=config.warmup_steps or max(5, math.ceil(0.03 * total_steps)))
 
 
 def make_optimizer(

@@ -20,13 +20,13 @@ from llama_jax.generation.rewards import load_reward_model, make_score, score_te
 from llama_jax.model.lora import LoraConfig
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.stages import reward
-from llama_jax.stages.reward import RewardConfig, warmed_up
+from llama_jax.stages.reward import RewardConfig
 from llama_jax.text.chat import Message
 from llama_jax.training import held_out_pairs, loop
 from llama_jax.training.checkpoint import find_checkpoints, flat, read_metadata, restore_model
 from llama_jax.training.held_out_pairs import Findings, accuracy_of, length_correlation
 from llama_jax.training.loop import LoopConfig
-from llama_jax.training.optimizer import OptimizerConfig
+from llama_jax.training.optimizer import OptimizerConfig, warmed_up
 from llama_jax.training.preference_loss import pair_scores
 from tests.stages.runs import assert_same_run
 from tests.tiny_checkpoint import write_tiny_checkpoint
