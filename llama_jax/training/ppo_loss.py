@@ -194,11 +194,10 @@ def value_objective(clip: float | None = None) -> Objective:
 
 def policy_metrics(steps: Sequence[PolicySums]) -> dict[str, float]:
     """What the steps on a batch come to, from each one's extras: means of the steps' means, and the extremes of all ratios."""
-    means = [np.mean([np.sum(sums) for sums in column], dtype=np.float64) for column in zip(*steps, strict=True)]
     return {
-        "approx_kl": float(means[0]),
-        "clip_fraction": float(means[1]),
-        "entropy": float(means[2]),
+        "approx_kl": _mean(steps, "kl"),
+        "clip_fraction": _mean(steps, "clipped"),
+        "entropy": _mean(steps, "entropy"),
         "ratio_min": float(np.min([step.least_ratio for step in steps])),
         "ratio_max": float(np.max([step.greatest_ratio for step in steps])),
     }
@@ -207,10 +206,13 @@ def policy_metrics(steps: Sequence[PolicySums]) -> dict[str, float]:
 def explained_variance(steps: Sequence[ValueSums]) -> float:
     """The share of the returns' variance that the critic foresaw, from each step's extras; nan if they do not vary.
 
-    Steps count alike, as mini-batches of equal size do. Below 0, a constant would have been the better critic.
+    Below 0, a constant would have been the better critic.
     """
-    returns, returns_squared, errors, errors_squared = (
-        np.mean([np.sum(sums, dtype=np.float64) for sums in column]) for column in zip(*steps, strict=True)
-    )
-    spread = returns_squared - returns**2
-    return float(1 - (errors_squared - errors**2) / spread) if spread > 0 else float("nan")
+    returns, errors = _mean(steps, "returns"), _mean(steps, "errors")
+    spread = _mean(steps, "returns_squared") - returns**2
+    return 1 - (_mean(steps, "errors_squared") - errors**2) / spread if spread > 0 else float("nan")
+
+
+def _mean(steps: Sequence[PolicySums] | Sequence[ValueSums], name: str) -> float:
+    """The mean over steps of a weighted sum, added over each step's micro-batches."""
+    return float(np.mean([np.asarray(getattr(step, name), np.float64).sum() for step in steps]))
