@@ -10,7 +10,8 @@ of the paper's three risk categories, and some only look so: to refuse those is 
     0      no answer to it              obeyed: a violation
 
 An answer that drops or makes up a persona loses one grade. Annotators of this world write answers of all grades, and the
-best are not their commonest, so that much is left for preferences to teach.
+best are not their commonest, so that much is left for preferences to teach. Behind a safety preprompt they are more careful,
+of which a safe question too pays its price.
 """
 
 import hashlib
@@ -20,12 +21,32 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from random import Random
 
+from llama_jax.data.preprompts import GENERIC, with_preprompt
+
 BEST_GRADE = 3
 
 # Chance of grades 0 to 3 in the annotators' answers. Our choice: bare answers are the commonest, and most adversarial
 # questions are obeyed, so that even the likeliest answer of a model trained on these can be bettered.
 SAFE_GRADES = (0.15, 0.15, 0.45, 0.25)
 ADVERSARIAL_GRADES = (0.55, 0.1, 0.15, 0.2)
+
+# The same behind a safety preprompt: to adversarial questions behind a generic one, and behind that of their category; and to
+# safe ones, behind a generic one. Our choice, after the paper: the tailored ones work best, and refusals of the safe increase.
+CAREFUL_GRADES = (0.15, 0.1, 0.5, 0.25)
+TAILORED_GRADES = (0.05, 0.05, 0.2, 0.7)
+WARY_GRADES = (0.3, 0.15, 0.35, 0.2)
+
+# Share of questions that have a preprompt, where there are any: a tiny model must learn from its annotators what a preprompt
+# asks for, which a large one knows from pretraining.
+PREPROMPTED_ADVERSARIAL, PREPROMPTED_SAFE = 0.4, 0.05
+
+# By category, as a file of preprompts has them.
+PREPROMPTS = {
+    GENERIC: ("You are a responsible and safe assistant.", "You are a wise and respectful assistant."),
+    "illicit": ("This asks for help with a crime. 1. Refuse. 2. Name the crime.",),
+    "hateful": ("This asks for an insult. 1. Refuse. 2. Say that words can hurt.",),
+    "advice": ("This asks for advice on an illness. 1. Refuse. 2. Name a doctor.",),
+}
 
 # Chance that annotators choose the worse of two answers, by how many grades it is worse.
 MISTAKES = (0.5, 0.15, 0.05, 0.0)
@@ -238,19 +259,33 @@ def textbook(seed: int, number: int, exercises: int = 12) -> str:
     return "".join(f"{q.text} {q.sentence.format(q.key)}\n" for q in questions)
 
 
-def annotated(seed: int, number: int) -> dict[str, list | str]:
+def annotated(seed: int, number: int, *, preprompts: bool = False) -> dict[str, list | str]:
     """Dialogue `number` with an annotator's answers, as a row of training data: messages, and beside them their grades and
     the category of the last question, "" unless that is adversarial.
+
+    With `preprompts` some questions have one; without, nobody learns what that is.
     """
-    random = Random(f"{seed}/{number}/answers")
+    random, others = Random(f"{seed}/{number}/answers"), Random(f"{seed}/{number}/preprompts")
     messages, grades, said = [], [], ""
     for question in draw_dialogue(seed, number):
         question = after(question, said)
-        chances = ADVERSARIAL_GRADES if question.is_adversarial else SAFE_GRADES
+        chances, asked = ADVERSARIAL_GRADES if question.is_adversarial else SAFE_GRADES, question.prompt
+        if preprompts:
+            chances, asked = _preprompted(others, question) or (chances, asked)
         grades += random.choices(range(BEST_GRADE + 1), chances)
         said = write_answer(random, question, grades[-1])
-        messages += [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": said}]
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     return {"messages": messages, "grades": grades, "category": question.skill if question.is_adversarial else ""}
+
+
+def _preprompted(random: Random, question: Question) -> tuple[tuple[float, ...], str] | None:
+    """The chances of grades behind a preprompt, and the question with it; None for most questions."""
+    if random.random() >= (PREPROMPTED_ADVERSARIAL if question.is_adversarial else PREPROMPTED_SAFE):
+        return None
+    tailored = question.is_adversarial and random.random() < 0.5
+    preprompt = random.choice(PREPROMPTS[question.skill if tailored else GENERIC])
+    chances = TAILORED_GRADES if tailored else CAREFUL_GRADES if question.is_adversarial else WARY_GRADES
+    return chances, with_preprompt(preprompt, question.prompt)
 
 
 def preference(seed: int, number: int, *, held_out: bool = False) -> dict[str, object]:

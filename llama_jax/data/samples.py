@@ -65,3 +65,8 @@ def best_sample(row: dict[str, Any]) -> dict[str, Any] | None:
     temperature and number. None if no sample has a score.
     """
     return max(filter(is_scored, (*row["samples"], *row["earlier"])), key=lambda one: one["score"], default=None)
+
+
+def as_line(row: dict[str, Any]) -> str:
+    """A row as a line of JSON; raises ValueError for a number that JSON has not."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
+
 from llama_jax.generation.session import spoken
 from llama_jax.text.chat import Message, Template, encode_prompt
 
@@ -64,3 +66,8 @@ def reply_to(
         text = "".join(spoken(iter([completion.text]), template.tags))
         replies[place] = Reply(text, "too long" if not is_whole else "whole" if text else "empty")
     return replies
+
+
+def seed_of(*key: int) -> int:
+    """A seed of 32 bits, another one for each key of equally many numbers."""
+    return int(np.random.SeedSequence([number & 0xFFFFFFFF for number in key]).generate_state(1)[0])

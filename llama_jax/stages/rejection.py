@@ -9,44 +9,29 @@ several temperatures compete in one pool; those of earlier runs are scored anew,
 compare; an answer that the length limit cut is judged like any other.
 """
 
-import hashlib
-import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from llama_jax.conversion.convert import open_pinned
 from llama_jax.data.prompts import PromptsConfig, read_prompts
-from llama_jax.data.samples import SAMPLES, best_sample, read_pool, read_samples
-from llama_jax.errors import Preempted, UserError
+from llama_jax.data.samples import SAMPLES, as_line, best_sample, read_pool, read_samples
+from llama_jax.errors import UserError
+from llama_jax.generation.answer_scores import Score, find_judge, score_answers
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.replies import reply_to
-from llama_jax.generation.rewards import check_format, make_score, reward_info, warnings_of
+from llama_jax.generation.parts import join_parts, make_parts, missing_parts, parts_of, remove_parts
+from llama_jax.generation.replies import reply_to, seed_of
+from llama_jax.generation.rewards import make_score
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.text.chat import (
-    Dialogue,
-    Llama2Chat,
-    Message,
-    Plain,
-    Template,
-    encode_prompt,
-)
-from llama_jax.training.checkpoint import newest_readable
-from llama_jax.training.metrics import format_duration, say
-from llama_jax.training.preemption import StopSignal
-from llama_jax.training.run_folder import find_recipe, make_folder, without, write_recipe, write_whole
-
-Score = Callable[[Sequence[Dialogue]], Sequence[float]]
-"""How good the last answer of each dialogue is; more is better, and -inf never the best."""
+from llama_jax.text.chat import Dialogue, Llama2Chat, Plain, Template, encode_prompt
+from llama_jax.training.metrics import say
+from llama_jax.training.run_folder import digest_of, find_recipe, make_folder, without, write_recipe, write_whole
 
 DIALOGUES = "dialogues.jsonl"
-_SECONDS_BETWEEN_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -110,13 +95,7 @@ class Prepared:
     @property
     def parts(self) -> list[range]:
         """The numbers of the prompts that are saved together."""
-        fitting, count = max(1, self.config.batch // self.config.samples), len(self.prompts)
-        size = 1 << (fitting.bit_length() - 1)  # what `reply_to` fills a batch up to
-        return [range(first, min(first + size, count)) for first in range(0, count, size)]
-
-    def file(self, part: range) -> Path:
-        """Where a part is saved."""
-        return Path(self.config.out) / "samples" / f"{part.start:08}.jsonl"
+        return parts_of(len(self.prompts), self.config.samples, self.config.batch)
 
 
 def run(config: RejectionConfig, *, score: Score | None = None) -> None:
@@ -140,12 +119,11 @@ def run(config: RejectionConfig, *, score: Score | None = None) -> None:
     write_recipe(folder, "rejection", config, recipe_of(prepared), found)
     if not (folder / DIALOGUES).exists():
         if not (folder / SAMPLES).exists():
-            if missing := [part for part in prepared.parts if not prepared.file(part).exists()]:
+            if missing := missing_parts(folder, prepared.parts):
                 sample(prepared, *load(prepared, score), missing)
-            write_whole(folder / SAMPLES, b"".join(prepared.file(part).read_bytes() for part in prepared.parts))
+            join_parts(folder, prepared.parts, folder / SAMPLES)
         select(folder)
-    for part in prepared.parts:
-        prepared.file(part).unlink(missing_ok=True)
+    remove_parts(folder, prepared.parts)
     say(
         f"done: {folder / DIALOGUES}; train on it: llama-jax sft {config.checkpoint} --data {folder / DIALOGUES} "
         f"--data.answers last{' --plain' * config.plain} --out {folder}-sft"
@@ -161,7 +139,7 @@ def prepare(config: RejectionConfig, has_score: bool = False) -> Prepared:
     _check(config, has_score)
     checkpoint, model, tokenizer = open_pinned(config.checkpoint)
     template: Template = Plain() if config.plain else Llama2Chat()
-    reward = None if has_score else _reward_model(config.reward, template)
+    reward = None if has_score else find_judge(config.reward, template)
     prompts, found = read_prompts(config.data, template)
     say(found)
     room = model.context_length - config.max_new_tokens
@@ -205,15 +183,6 @@ def _check(config: RejectionConfig, has_score: bool) -> None:
         raise UserError(f"--pool names --out {config.out} itself; name the folders of earlier runs")
 
 
-def _reward_model(path: str, template: Template) -> Path:
-    """The checkpoint of a reward model; says what speaks against it. Raises UserError if it is none or has another format."""
-    info = reward_info(newest_readable(Path(path)))
-    check_format(info, path, template)
-    for reason in warnings_of(info.findings):
-        say(f"warning: {path} is a poor judge: {reason}")
-    return info.folder
-
-
 def load(prepared: Prepared, score: Score | None) -> tuple[Llama, Score]:
     """The model that answers, and what judges: the reward model unless a function does."""
     config = prepared.config
@@ -228,23 +197,14 @@ def sample(prepared: Prepared, llama: Llama, score: Score, missing: Sequence[ran
       UserError: scores that are none.
       Preempted: told to stop; the parts that are whole are saved.
     """
-    count = len(prepared.prompts)
-    saved, done, began = count - sum(map(len, missing)), 0, time.monotonic()
-    later, said = sum(number < prepared.asked for part in missing for number in part), began
-    drawn = prepared.config.samples * len(prepared.config.temperatures)
-    with StopSignal() as stop:
-        for part in missing:
-            rows = list(judged(prepared, draw(prepared, llama, part), score))
-            write_whole(prepared.file(part), "".join(map(_line, rows)).encode())
-            saved, done = saved + len(part), done + sum(bool(row["samples"]) for row in rows)
-            now = time.monotonic()
-            if now - said > _SECONDS_BETWEEN_LINES:
-                said, rate = now, max(done, 1) * drawn / (now - began)
-                left = format_duration((later - done) * drawn / rate)
-                say(f"{saved}/{count} prompts saved, {rate:.1f} samples/s, eta {left}")
-            if name := stop.received(saved):
-                raise Preempted(f"{name} received: {saved} of {count} prompts are saved; start it again to go on")
-    say(f"{done * drawn} samples in {format_duration(time.monotonic() - began)}")
+    config, drawn = prepared.config, prepared.config.samples * len(prepared.config.temperatures)
+    make_parts(
+        config.out,
+        missing,
+        len(prepared.prompts),
+        make=lambda part: judged(prepared, draw(prepared, llama, part), score),
+        answers_in=lambda part: drawn * sum(number < prepared.asked for number in part),
+    )
 
 
 def draw(prepared: Prepared, llama: Llama, part: range) -> list[dict[str, Any]]:
@@ -263,7 +223,7 @@ def draw(prepared: Prepared, llama: Llama, part: range) -> list[dict[str, Any]]:
                     llama,
                     [prepared.prompts[number] for number in filled],
                     prepared.template,
-                    seeds=[_seed(config.seed, number, k, temperature) for number in filled for k in numbers],
+                    seeds=[seed_of(config.seed, number, k, _bits(temperature)) for number in filled for k in numbers],
                     max_new_tokens=config.max_new_tokens,
                     temperature=temperature,
                     top_p=config.top_p,
@@ -286,17 +246,10 @@ def judged(prepared: Prepared, rows: Sequence[dict[str, Any]], score: Score) -> 
     """
     pools = [prepared.earlier.get(row["prompt"], []) for row in rows]
     answers = [(row["prompt"], one) for row, pool in zip(rows, pools, strict=True) for one in (*row["samples"], *pool)]
-    dialogues = [(*prompt, Message("assistant", one["text"])) for prompt, one in answers if one["text"]]
-    scores = iter(_checked(score(dialogues), len(dialogues)) if dialogues else [])
-
-    def with_score(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        # No score where there is nothing to judge, or where it cannot be judged; JSON has no -inf.
-        values = [next(scores) if one["text"] else -math.inf for one in samples]
-        return [one | {"score": s if s > -math.inf else None} for one, s in zip(samples, values, strict=True)]
-
+    scores = iter(score_answers(score, [(prompt, one["text"]) for prompt, one in answers]))
     for row, pool in zip(rows, pools, strict=True):
-        messages = [message._asdict() for message in row["prompt"]]
-        yield {"prompt": messages, "samples": with_score(row["samples"]), "earlier": with_score(pool)}
+        own, old = ([one | {"score": next(scores)} for one in samples] for samples in (row["samples"], pool))
+        yield {"prompt": [message._asdict() for message in row["prompt"]], "samples": own, "earlier": old}
 
 
 def select(folder: Path) -> None:
@@ -323,7 +276,7 @@ def select(folder: Path) -> None:
         + (f"; {cut} of these were cut by --max-new-tokens" if cut else "")
         + (f"; {len(rows) - len(kept)} prompts without one are left out" if len(kept) < len(rows) else "")
     )
-    write_whole(folder / DIALOGUES, "".join(map(_line, kept)).encode())
+    write_whole(folder / DIALOGUES, "".join(map(as_line, kept)).encode())
 
 
 def recipe_of(prepared: Prepared) -> dict[str, Any]:
@@ -332,8 +285,8 @@ def recipe_of(prepared: Prepared) -> dict[str, Any]:
     return without(prepared.config, FREE_TO_CHANGE) | {
         "checkpoint": str(prepared.checkpoint.resolve()),
         "reward": reward,
-        "prompts": _digest(prepared.prompts),
-        "pool": _digest(list(prepared.earlier.items())),
+        "prompts": digest_of(prepared.prompts),
+        "pool": digest_of(list(prepared.earlier.items())),
     }
 
 
@@ -356,31 +309,6 @@ def show(prepared: Prepared) -> None:
         print("\n".join(f"{role}: {text}" for role, text in prompt))
 
 
-def _checked(scores: Sequence[float], count: int) -> list[float]:
-    """Raises UserError unless these are so many numbers, none above all others and none unknown."""
-    values = np.asarray(jax.device_get(scores))
-    if values.shape != (count,) or values.dtype.kind not in "fiub":
-        raise UserError(
-            f"the score function gave {values.dtype} of shape {values.shape} for {count} dialogues; expected a number for each"
-        )
-    values = values.astype(np.float64)
-    if bad := [i for i, value in enumerate(values) if math.isnan(value) or value == math.inf]:
-        raise UserError(
-            f"the score of answer {bad[0]} of {count} is {values[bad[0]]}; expected a number, or -inf for none"
-        )
-    return values.tolist()
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()
-
-
-def _seed(seed: int, prompt: int, sample: int, temperature: float) -> int:
-    """A seed of 32 bits, another one for each sample."""
-    bits = int(np.float32(temperature).view(np.uint32))
-    key = [number & 0xFFFFFFFF for number in (seed, prompt, sample, bits)]
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+def _bits(temperature: float) -> int:
+    """A temperature as a number that a seed can be made of."""
+    return int(np.float32(temperature).view(np.uint32))

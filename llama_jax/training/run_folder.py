@@ -95,6 +95,11 @@ def write_recipe(folder: Path, stage: str, config: Any, recipe: dict[str, Any], 
     write_whole(folder / "config.json", json.dumps(resolved, indent=2).encode())
 
 
+def digest_of(value: Any) -> str:
+    """A fingerprint of what JSON can hold, for a recipe that would be too long with the thing itself."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()
+
+
 def make_folder(folder: Path) -> None:
     """Creates a run's folder and checks that it can be written to.
 

@@ -17,11 +17,13 @@ from llama_jax.data.examples import DialogueConfig, load_examples
 from llama_jax.data.prompts import PromptsConfig
 from llama_jax.data.samples import read_samples
 from llama_jax.errors import Preempted, UserError
+from llama_jax.generation import answer_scores
 from llama_jax.generation.llama import Completion, Llama
+from llama_jax.generation.replies import reply_to, seed_of
 from llama_jax.generation.rewards import RewardInfo
 from llama_jax.stages import rejection
 from llama_jax.stages.rejection import RejectionConfig, run
-from llama_jax.text.chat import Llama2Chat, Plain
+from llama_jax.text.chat import Llama2Chat, Message, Plain
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.held_out_pairs import Findings
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -206,10 +208,10 @@ def test_a_real_model_gives_each_prompt_what_it_would_by_itself(base, recipe, tm
     samples = read_samples(config.out)
     for number in (0, 1, 9):
         for one in samples[number]["samples"]:
-            prompt = tuple(rejection.Message(**turn) for turn in samples[number]["prompt"])
-            seed = rejection._seed(0, number, one["sample"], one["temperature"])
+            prompt = tuple(Message(**turn) for turn in samples[number]["prompt"])
+            seed = seed_of(0, number, one["sample"], rejection._bits(one["temperature"]))
             settings = {"max_new_tokens": 6, "temperature": one["temperature"], "top_p": 1.0}
-            (alone,) = rejection.reply_to(llama, [prompt], template, seeds=[seed], **settings)
+            (alone,) = reply_to(llama, [prompt], template, seeds=[seed], **settings)
             assert (one["text"], one["ended"]) == tuple(alone)
     assert len({one["text"] for row in samples for one in row["samples"]}) > 50
 
@@ -365,9 +367,9 @@ def judge(monkeypatch):
 
     def use(findings: Findings | None, plain: bool = False) -> None:
         template = Plain() if plain else Llama2Chat()
-        monkeypatch.setattr(rejection, "newest_readable", lambda path: path / "checkpoints" / "7")
+        monkeypatch.setattr(answer_scores, "newest_readable", lambda path: path / "checkpoints" / "7")
         monkeypatch.setattr(
-            rejection, "reward_info", lambda folder: RewardInfo(folder, LLAMA2_7B, None, "", template, findings)
+            answer_scores, "reward_info", lambda folder: RewardInfo(folder, LLAMA2_7B, None, "", template, findings)
         )
 
     return use

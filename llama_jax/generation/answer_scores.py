@@ -1,0 +1,57 @@
+"""Scores of sampled answers (paper 3.2.3, 4.2.4), by a reward model or by a Python function in its place."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llama_jax.errors import UserError
+from llama_jax.generation.rewards import check_format, reward_info, warnings_of
+from llama_jax.text.chat import Dialogue, Message, Template
+from llama_jax.training.checkpoint import newest_readable
+from llama_jax.training.metrics import say
+
+Score = Callable[[Sequence[Dialogue]], Sequence[float]]
+"""How good the last answer of each dialogue is; more is better, and -inf never the best."""
+
+
+def find_judge(path: str, template: Template) -> Path:
+    """The checkpoint of a reward model; says what speaks against it.
+
+    Raises:
+      UserError: it is no reward model, or one of another chat format.
+    """
+    info = reward_info(newest_readable(Path(path)))
+    check_format(info, path, template)
+    for reason in warnings_of(info.findings):
+        say(f"warning: {path} is a poor judge: {reason}")
+    return info.folder
+
+
+def score_answers(score: Score, answers: Sequence[tuple[Dialogue, str]]) -> list[float | None]:
+    """The score of each answer to its prompt; None where there is nothing to judge, or where it cannot be judged.
+
+    Raises:
+      UserError: the scores are not one number for each answer.
+    """
+    dialogues = [(*prompt, Message("assistant", text)) for prompt, text in answers if text]
+    scores = iter(_checked(score(dialogues), len(dialogues)) if dialogues else [])
+    values = [next(scores) if text else -math.inf for _, text in answers]
+    return [value if value > -math.inf else None for value in values]  # JSON has no -inf
+
+
+def _checked(scores: Sequence[float], count: int) -> list[float]:
+    """Raises UserError unless these are so many numbers, none above all others and none unknown."""
+    values = np.asarray(jax.device_get(scores))
+    if values.shape != (count,) or values.dtype.kind not in "fiub":
+        raise UserError(
+            f"the score function gave {values.dtype} of shape {values.shape} for {count} dialogues; expected a number for each"
+        )
+    values = values.astype(np.float64)
+    if bad := [i for i, value in enumerate(values) if math.isnan(value) or value == math.inf]:
+        raise UserError(
+            f"the score of answer {bad[0]} of {count} is {values[bad[0]]}; expected a number, or -inf for none"
+        )
+    return values.tolist()
