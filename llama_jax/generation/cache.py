@@ -63,6 +63,13 @@ class Kept:
             self.ids, self.cache = ids, cache
 
 
+def slots_for(tokens: int) -> int:
+    """How many slots a cache gets for rows of so many tokens, so that few shapes are compiled."""
+    slots = max(64, 1 << (tokens - 1).bit_length())
+    # Every slot is read at every token: the half between two powers spares some.
+    return slots * 3 // 4 if tokens <= slots * 3 // 4 else slots
+
+
 @partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "apart"))
 def init_cache(config: LlamaConfig, rows: int, slots: int, dtype: Any, apart: bool = False) -> Cache:
     """An empty cache, laid out over the ambient mesh (rows over batch, heads over kv_heads).

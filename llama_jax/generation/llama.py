@@ -20,8 +20,8 @@ from llama_jax.conversion.convert import Form
 from llama_jax.conversion.load import load_model
 from llama_jax.conversion.source import Overrides
 from llama_jax.errors import UserError
-from llama_jax.generation.cache import Cache, Kept, init_cache, repeat, widen
-from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill
+from llama_jax.generation.cache import Cache, Kept, init_cache, repeat, slots_for, widen
+from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill, row_keys
 from llama_jax.generation.scoring import Score, rounded_up, score_tokens
 from llama_jax.generation.session import Chat
 from llama_jax.model.transformer import Transformer, layers_apart
@@ -200,7 +200,7 @@ class Llama:
           UserError: a text longer than the context (its last token, which is only predicted, is not counted), or an id that is no token.
         """
         rows = [self._ids(text, name="text", beyond=1) for text in texts]
-        with self._on_mesh():
+        with self.on_mesh():
             return [log_probs for log_probs, _ in score_tokens(self.model, rows)]
 
     def score(self, pairs: Sequence[tuple[str, str] | tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
@@ -220,7 +220,7 @@ class Llama:
           UserError: a pair longer than the context, or an id that is no token. Nothing is cut.
         """
         rows, starts = zip(*map(self._pair_ids, pairs), strict=True) if pairs else ((), ())
-        with self._on_mesh():
+        with self.on_mesh():
             scored = score_tokens(self.model, rows)
         scores = []
         for start, (log_probs, is_greedy) in zip(starts, scored, strict=True):
@@ -279,11 +279,11 @@ class Llama:
         B, most = len(prompts) * samples, max(budgets)
         if most == 0:
             return
-        with self._on_mesh():
+        with self.on_mesh():
             spare = -len(prompts) % ways("batch")  # rows that only make the batch divide over the mesh
-            key_B = _row_keys(*_seeds(seed, B, spare * samples))
+            key_B = row_keys(*_seeds(seed, B, spare * samples))
             kept = kept if B + spare == 1 else None
-            cache, logits_BV = self._read([*prompts, *[[]] * spare], max(map(len, prompts)) + most, kept)
+            cache, logits_BV = self.read([*prompts, *[[]] * spare], max(map(len, prompts)) + most, kept)
             if samples > 1:
                 cache, logits_BV = repeat(cache, logits_BV, samples)
             left_B = np.repeat(np.array(budgets + [0] * spare, np.int32), samples)
@@ -297,7 +297,7 @@ class Llama:
                 if drawn < most:
                     # Dispatched before the last tokens are looked at, so that the device does not wait for the host; once all
                     # rows have ended it returns at once.
-                    with self._on_mesh():
+                    with self.on_mesh():
                         state, *following = decode(self.model, state, sampling, self.tokenizer.eos_id, steps)
                     drawn += steps
                 tokens_BT, log_probs_BT = (np.asarray(x)[:B] for x in ready)
@@ -309,15 +309,19 @@ class Llama:
             if kept is not None:
                 kept.put(seen, state.cache)
 
-    def _read(self, prompts: list[list[int]], room: int, kept: Kept | None = None) -> tuple[Cache, jax.Array]:
-        """The prompts in a cache with `room` slots or more, and the logits behind each prompt's last token."""
+    def read(self, prompts: list[list[int]], room: int, kept: Kept | None = None) -> tuple[Cache, jax.Array]:
+        """The prompts in a cache with `room` slots or more, and the logits (B, V) behind each prompt's last token.
+
+        Args:
+          prompts: token ids, as many as divide over the mesh, which is the ambient one; an empty row's logits mean nothing.
+          room: tokens that a row shall hold, at most the model's context.
+          kept: the cache of a single row, whose tokens are not read again.
+        """
         cache, known = kept.take(prompts[0]) if kept is not None else (None, 0)
         prompts = [ids[known:] for ids in prompts]
         longest = max(map(len, prompts))
         T = min(rounded_up(longest, least=16), PREFILL_CHUNK)
-        slots = rounded_up(room, least=64)
-        slots = slots * 3 // 4 if room <= slots * 3 // 4 else slots  # every slot is read at every token
-        slots = min(slots, self.model.config.context_length)
+        slots = min(slots_for(room), self.model.config.context_length)
         if cache is None:
             apart = isinstance(self.model.layers, tuple)
             cache = init_cache(self.model.config, len(prompts), slots, self.dtype, apart)
@@ -332,17 +336,13 @@ class Llama:
             logits_BV = new_BV if logits_BV is None else jnp.where(count_B[:, None] > 0, new_BV, logits_BV)
         return cache, logits_BV
 
-    def _on_mesh(self) -> AbstractContextManager:
+    def on_mesh(self) -> AbstractContextManager:
+        """The mesh that the model lies on as the ambient one, if it lies on one."""
         return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
 def _fast_dtype(platform: str) -> Any:
     return jnp.float32 if platform == "cpu" else jnp.bfloat16
-
-
-@jax.jit
-def _row_keys(seed_B: jax.Array, row_B: jax.Array) -> jax.Array:
-    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seed_B, row_B)
 
 
 def _seeds(seed: int | Sequence[int], rows: int, spare: int) -> tuple[np.ndarray, np.ndarray]:

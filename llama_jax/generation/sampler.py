@@ -40,6 +40,13 @@ class Decoding(NamedTuple):
     """Each row's own random key. A draw folds in its position, so that no draw shares its bits with another."""
 
 
+@jax.jit
+def row_keys(seed_B: jax.Array, number_B: jax.Array) -> jax.Array:
+    """Each row's random key, from a seed of 32 bits and the number that tells apart rows of one seed."""
+    seed_B = constrain(seed_B, "batch")
+    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seed_B, number_B)
+
+
 def sample(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row.
 
@@ -161,9 +168,9 @@ def begin(
 
 @partial(jax.jit, static_argnames="steps", donate_argnames="state")
 def decode(
-    model: Transformer, state: Decoding, sampling: Sampling, eos_id: int, steps: int
+    model: Transformer, state: Decoding, sampling: Sampling, eos_id: int, steps: int, enough: int = 0
 ) -> tuple[Decoding, jax.Array, jax.Array]:
-    """Draws up to `steps` further tokens per row in one dispatch; returns early once every row has ended.
+    """Draws up to `steps` further tokens per row in one dispatch; returns early once every row has ended, or enough of them.
 
     Args:
       model: in the cache's dtype, or it is cast each time.
@@ -171,6 +178,7 @@ def decode(
       sampling: how to draw.
       eos_id: the token that ends a row.
       steps: tokens at most; a compilation for each value.
+      enough: how many rows may still go on where others could be put in the place of those that ended.
 
     Returns:
       the state; tokens (B, steps) int32, an ended row's being `NO_TOKEN`; their log-probabilities.
@@ -180,7 +188,7 @@ def decode(
 
     def going(carry: tuple) -> jax.Array:
         i, state, _ = carry
-        return (i < steps) & jnp.any(state.left_B > 0)
+        return (i < steps) & (jnp.sum(state.left_B > 0) > enough)
 
     def step(carry: tuple) -> tuple:
         i, (cache, token_B, left_B, key_B), (tokens_BT, log_probs_BT) = carry

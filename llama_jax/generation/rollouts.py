@@ -1,0 +1,267 @@
+"""Answers to learn from: drawn at full support, each token with its log-probability, EOS included (paper 3.2.3).
+
+So many rows are under way at once; those that ended take the next prompts, so that a long answer holds nobody up. What a
+prompt draws depends on its own tokens and seed alone. Our choice: a refill waits until a quarter of the rows are free, since
+reading a few prompts takes a device as long as reading one.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import UserError
+from llama_jax.generation.cache import KV_AXES, Cache, init_cache, slots_for
+from llama_jax.generation.llama import Llama
+from llama_jax.generation.sampler import NO_TOKEN, Decoding, Sampling, begin, decode, row_keys
+from llama_jax.model.transformer import Transformer
+from llama_jax.parallel.mesh import constrain, generation_layout, partition_spec, per_device, ways
+
+DECODE_CHUNK = 64  # tokens per dispatch at most
+REFILL_SHARE = 4  # one of so many rows is refilled at once
+
+
+class Rollout(NamedTuple):
+    """What a model drew behind one prompt; nothing is added or rewritten."""
+
+    ids: list[int]
+    """The drawn tokens; the last is EOS where the model ended its answer."""
+    log_probs: list[float]
+    """Of each, EOS too, nats, under the distribution that it was drawn from."""
+    ended: bool
+    """False where max_new_tokens cut the answer."""
+
+
+def make_gather(model: Transformer, dtype: Any) -> Callable[[Transformer], Transformer]:
+    """Makes the function that casts trained weights and gathers them to generate, compiled once for models that lie as this one.
+
+    Over a mesh, every device gets whole what training splits over `fsdp` and `context`; the narrow type is what travels.
+    What it gives takes memory beside the trained weights as long as it is held; in a step that changed neither dtype
+    nor layout it may be the same buffers, which a training step that donates its state then deletes.
+
+    Args:
+      model: on devices; plain, quantised or adapted weights. Quantised ones keep their bits.
+      dtype: of the computation.
+    """
+
+    def here(leaf: jax.Array) -> Any:
+        return leaf.sharding
+
+    def there(leaf: jax.Array) -> Any:
+        return generation_layout(leaf.sharding) if isinstance(leaf.sharding, NamedSharding) else leaf.sharding
+
+    trained_layout = jax.tree.map(here, model)
+
+    def gather(model: Transformer) -> Transformer:
+        # Cast where it lies: the gathers would else move the wide type.
+        return jax.lax.with_sharding_constraint(model.cast(dtype), trained_layout)
+
+    return jax.jit(gather, out_shardings=jax.tree.map(there, model))
+
+
+def sample_rollouts(
+    llama: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    rows: int = 64,
+    slots: int | None = None,
+) -> list[Rollout]:
+    """Draws one answer to each prompt, each until EOS or `max_new_tokens`.
+
+    Every process of a run calls it with the same arguments, and gets the same.
+
+    Args:
+      llama: the model; over a mesh best as `make_gather` lays it.
+      prompts: token ids, read as they are.
+      seeds: one for each prompt. The same seed gives the same answer, whatever else is drawn beside it.
+      max_new_tokens: of an answer, EOS included; 1 or more.
+      temperature: divides the logits; above 0.
+      rows: answers under way at once; rounded up to what divides over the mesh.
+      slots: tokens that a row has room for; what the longest prompt needs if none. Calls with the same share their programs.
+
+    Raises:
+      UserError: a setting out of range, or a prompt that leaves no room for `max_new_tokens`.
+    """
+    prompts = [list(map(int, ids)) for ids in prompts]
+    slots = _checked(llama, prompts, seeds, max_new_tokens, temperature, rows, slots)
+    if not prompts:
+        return []
+    sampling, eos_id = Sampling(float(temperature), 1.0, 0), llama.tokenizer.eos_id
+    with llama.on_mesh():
+        table = _Table(len(prompts), rows, ways("batch"))
+        apart = isinstance(llama.model.layers, tuple)
+        state = _idle(llama.model.config, table.prompt_of.size, slots, llama.dtype, apart)
+        while not table.is_done:
+            for numbers, places in table.refills():
+                ids = [prompts[number] if number >= 0 else [] for number in numbers.flat]
+                row_seeds = [seeds[number] if number >= 0 else 0 for number in numbers.flat]
+                budget_B = np.where(numbers.ravel() >= 0, max_new_tokens, 0).astype(np.int32)
+                new, token_B, log_prob_B = _begin(llama, ids, row_seeds, budget_B, sampling)
+                state = _put(state, new, places.ravel())
+                table.take(numbers, *_fetch((token_B[:, None], log_prob_B[:, None])), eos_id, max_new_tokens)
+            state, *drawn = decode(llama.model, state, sampling, eos_id, DECODE_CHUNK, table.enough)
+            table.take(table.prompt_of, *_fetch(drawn), eos_id, max_new_tokens)
+    return [Rollout(ids, log_probs, ids[-1] == eos_id) for ids, log_probs in table.drawn]
+
+
+def _checked(
+    llama: Llama,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    rows: int,
+    slots: int | None,
+) -> int:
+    """The slots of a row. Raises UserError for a setting out of range, or a prompt that does not fit."""
+    vocab_size, context = llama.tokenizer.vocab_size, llama.model.config.context_length
+    if len(seeds) != len(prompts):
+        raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; expected one for each")
+    if max_new_tokens < 1 or rows < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens} and rows {rows}; both must be 1 or more")
+    if not 0 < temperature < float("inf"):
+        raise UserError(f"--temperature is {temperature}; it must be above 0 to draw answers to learn from")
+    for ids in prompts:
+        if not ids or not all(0 <= token < vocab_size for token in ids):
+            raise UserError(f"a prompt is empty or has a token outside the vocabulary, 0 to {vocab_size - 1}")
+    longest = max(map(len, prompts), default=1)
+    slots = min(slots_for(longest + max_new_tokens), context) if slots is None else slots
+    if longest + max_new_tokens > min(slots, context):
+        raise UserError(
+            f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} do not fit in {min(slots, context)} tokens "
+            f"(the model's context is {context}); shorten or leave out the prompt, or lower --max-new-tokens"
+        )
+    return slots
+
+
+class _Table:
+    """Whose each row is, and what each prompt has drawn; on the host alone."""
+
+    def __init__(self, prompts: int, rows: int, devices: int):
+        own = -(-min(rows, prompts) // devices)
+        self.prompt_of = np.full((devices, own), -1)
+        """The prompt of each row of each part of the mesh that holds rows of its own; -1: free."""
+        self.drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in range(prompts)]
+        self._waiting = deque(range(prompts))
+        self._at_once = -(-own // REFILL_SHARE)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every prompt has its answer."""
+        return not self._waiting and bool((self.prompt_of < 0).all())
+
+    @property
+    def enough(self) -> int:
+        """How many rows may go on when the next refill is due."""
+        return self.prompt_of.size - self._at_once * len(self.prompt_of) if self._waiting else 0
+
+    def refills(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Gives free rows to waiting prompts, once enough rows are free for a refill.
+
+        Yields:
+          prompts (devices, rows refilled at once), -1 for none, and the row of the device that each takes; as often as rows
+          are free and prompts waiting.
+        """
+        due = (self.prompt_of >= 0).sum() <= self.enough
+        while due and self._waiting and (self.prompt_of < 0).any():
+            numbers = np.full((len(self.prompt_of), self._at_once), -1)
+            places = np.full_like(numbers, -1)
+            # Over the devices first, so that few prompts do not all go to one.
+            for place in range(self._at_once):
+                for device, own in enumerate(self.prompt_of):
+                    free = np.flatnonzero(own < 0)
+                    if len(free) and self._waiting:
+                        numbers[device, place], places[device, place] = self._waiting.popleft(), free[0]
+                        own[free[0]] = numbers[device, place]
+            yield numbers, places.astype(np.int32)
+
+    def take(
+        self, numbers: np.ndarray, tokens_BT: np.ndarray, log_probs_BT: np.ndarray, eos_id: int, budget: int
+    ) -> None:
+        """Adds what the rows of these prompts drew, and frees the rows whose answer is whole."""
+        for number, tokens_T, log_probs_T in zip(numbers.ravel().tolist(), tokens_BT, log_probs_BT, strict=True):
+            if number >= 0:
+                ids, log_probs = self.drawn[number]
+                count = int((tokens_T != NO_TOKEN).sum())
+                ids += tokens_T[:count].tolist()
+                log_probs += log_probs_T[:count].tolist()
+                if len(ids) == budget or ids[-1] == eos_id:
+                    self.prompt_of[self.prompt_of == number] = -1
+
+
+def _begin(
+    llama: Llama, prompts: list[list[int]], seeds: list[int], budget_B: np.ndarray, sampling: Sampling
+) -> tuple[Decoding, jax.Array, jax.Array]:
+    """Reads prompts into a cache of their own and draws the first token of each."""
+    cache, logits_BV = llama.read(prompts, max(map(len, prompts)))
+    seed_B = np.array([seed & 0xFFFFFFFF for seed in seeds], np.uint32)
+    key_B = row_keys(seed_B, np.zeros_like(seed_B))  # as of `Llama.generate` with a seed for each text
+    return begin(logits_BV, cache, budget_B, key_B, sampling, eos_id=llama.tokenizer.eos_id)
+
+
+@partial(jax.jit, static_argnames=("config", "rows", "slots", "dtype", "apart"))
+def _idle(config: LlamaConfig, rows: int, slots: int, dtype: Any, apart: bool) -> Decoding:
+    """Rows of which none has anything to draw."""
+    none_B = constrain(jnp.zeros(rows, jnp.int32), "batch")
+    return Decoding(init_cache(config, rows, slots, dtype, apart), none_B, none_B, row_keys(none_B, none_B))
+
+
+@partial(jax.jit, donate_argnames="state")
+def _put(state: Decoding, new: Decoding, place_F: jax.Array) -> Decoding:
+    """Rows that have begun in the place of free ones, of the state, which is donated.
+
+    Args:
+      state: B rows.
+      new: F rows, on the same devices.
+      place_F: int32, the row that each takes among those of its device; -1: none.
+    """
+    kv, row = partition_spec(KV_AXES), partition_spec(("batch",))
+    specs = Decoding(Cache(kv, kv, row), row, row, row)
+    return per_device(_put_rows, in_specs=(specs, specs, row), out_specs=specs)(state, new, place_F)
+
+
+def _put_rows(state: Decoding, new: Decoding, place_F: jax.Array) -> Decoding:
+    """`_put` as each device does it."""
+
+    def put_row(old_LBKSH: jax.Array, new_LFKSH: jax.Array) -> jax.Array:
+        S = min(old_LBKSH.shape[3], new_LFKSH.shape[3])  # no prompt is longer
+
+        def put(f: jax.Array, old_LBKSH: jax.Array) -> jax.Array:
+            row_L1KSH = jax.lax.dynamic_slice_in_dim(new_LFKSH, f, 1, axis=1)[:, :, :, :S]
+            there = (0, jnp.maximum(place_F[f], 0), 0, 0, 0)
+            kept_L1KSH = jax.lax.dynamic_slice(old_LBKSH, there, row_L1KSH.shape)
+            row_L1KSH = jnp.where(place_F[f] < 0, kept_L1KSH, row_L1KSH)
+            return jax.lax.dynamic_update_slice(old_LBKSH, row_L1KSH, there)
+
+        # Up to the last row that takes a place: one number more that is not known beforehand, as in `cache.write`.
+        count = jnp.max(jnp.where(place_F >= 0, jnp.arange(1, len(place_F) + 1), 0))
+        return jax.lax.fori_loop(0, count, put, old_LBKSH)
+
+    takes_FB = place_F[:, None] == jnp.arange(len(state.token_B))
+    taken_B, source_B = takes_FB.any(0), takes_FB.argmax(0)
+    cache = jax.tree.map(put_row, state.cache[:2], new.cache[:2])
+    old_rows = (state.cache.length_B, *state[1:])
+    new_rows = (new.cache.length_B, *new[1:])
+    length_B, *rest = (
+        jnp.where(taken_B, new_B[source_B], old_B) for old_B, new_B in zip(old_rows, new_rows, strict=True)
+    )
+    return Decoding(Cache(*cache, length_B), *rest)
+
+
+def _fetch(drawn: tuple) -> tuple[np.ndarray, ...]:
+    """Tokens and log-probabilities whole on every process, whose own devices may hold a part of the rows only."""
+    return tuple(map(np.asarray, _replicated(tuple(drawn))))
+
+
+@jax.jit
+def _replicated(drawn: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(constrain(x_BT, None, None) for x_BT in drawn)
