@@ -48,7 +48,7 @@ def whiten(x: jax.Array, mask: jax.Array) -> jax.Array:
     Our choices: the mean is subtracted, the statistics are those of the global batch at hand, the variance is the unbiased
     one. Of a single entry, or of equal ones, nothing but zeros remain.
     """
-    x = jnp.where(mask, x, 0).astype(jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
     # Counted from the smallest entry, equal entries are exactly 0; from their mean they would be a rounding off.
     x = jnp.where(mask, x - jnp.min(x, where=mask, initial=jnp.inf), 0)
     n = jnp.sum(mask)

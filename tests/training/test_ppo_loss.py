@@ -117,6 +117,14 @@ def test_log_probs_entropies_and_gradients_are_those_of_a_full_softmax(chunk, te
     assert {value.dtype for value in values} == {jnp.dtype("float32")}
 
 
+def test_logits_beyond_the_range_of_the_exponential_are_no_trouble():
+    logits_V = jnp.array([300.0, 299.0, -300.0])
+    log_probs, entropy = token_log_probs(jnp.ones((1, 3, 1)), logits_V[None], jnp.array([[0, 1, 2]]), 1.0, 3)
+    odds = np.exp(-1)
+    np.testing.assert_allclose(log_probs[0], np.array([0, -1, -600]) - np.log1p(odds), rtol=1e-6)
+    np.testing.assert_allclose(entropy[0], np.log1p(odds) + odds / (1 + odds), rtol=1e-5)
+
+
 def shapes_in(jaxpr):
     """The shape of every value that a program computes, those of its inner programs too."""
     for equation in jaxpr.eqns:
@@ -234,6 +242,9 @@ def test_reports_of_several_steps_come_to_means_and_extremes(given_log_probs):
     empty = policy_sums(np.zeros((ROWS, T)), experience()._replace(answer_mask_BT=np.zeros((ROWS, T), bool))).extras
     empty = empty._replace(kl=0.0, clipped=0.0, entropy=0.0)
     steps = [jax.tree.map(lambda *parts: np.stack(parts), step, empty) for step in steps]
+    # A place without a drawn token has no ratio, not one of 1.
+    alone = policy_metrics(steps[:1])
+    assert alone["ratio_min"] == pytest.approx(np.exp(0.1)) == pytest.approx(alone["ratio_max"])
     got = policy_metrics(steps)
     want = {
         "approx_kl": np.mean([np.exp(r) - 1 - r for r in log_ratios]),
