@@ -4,6 +4,9 @@
 
 A sample has temperature, sample (its number), text, ended ("whole", "too long" or "empty") and score: null where there is
 nothing to judge, or where it cannot be judged. One of an earlier run has that run's folder as `run`.
+
+A row of safety context distillation (4.2.4) has no earlier samples, but the prompt's risk category and `original`, the answer
+without a preprompt; the others have kind and preprompt instead of a temperature.
 """
 
 import json
@@ -28,7 +31,7 @@ def read_samples(folder: str | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); expected the folder of a finished llama-jax reject"
+            f"{path} cannot be read ({error}); expected the folder of a finished llama-jax reject or distill"
         ) from error
 
 
@@ -64,7 +67,9 @@ def best_sample(row: dict[str, Any]) -> dict[str, Any] | None:
     """The sample of a row with the highest score, of equal ones the first: this run's before those of earlier ones, by
     temperature and number. None if no sample has a score.
     """
-    return max(filter(is_scored, (*row["samples"], *row["earlier"])), key=lambda one: one["score"], default=None)
+    return max(
+        filter(is_scored, (*row["samples"], *row.get("earlier", ()))), key=lambda one: one["score"], default=None
+    )
 
 
 def as_line(row: dict[str, Any]) -> str:
