@@ -4,10 +4,8 @@ import json
 import math
 import os
 import signal
-import zlib
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +16,7 @@ from llama_jax.data.prompts import PromptsConfig
 from llama_jax.data.samples import read_samples
 from llama_jax.errors import Preempted, UserError
 from llama_jax.generation import answer_scores
-from llama_jax.generation.llama import Completion, Llama
+from llama_jax.generation.llama import Llama
 from llama_jax.generation.replies import reply_to, seed_of
 from llama_jax.generation.rewards import RewardInfo
 from llama_jax.stages import rejection
@@ -26,6 +24,7 @@ from llama_jax.stages.rejection import RejectionConfig, run
 from llama_jax.text.chat import Llama2Chat, Message, Plain
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.held_out_pairs import Findings
+from tests.stages.speaker import Speaker
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 CONTEXT = 192
@@ -57,33 +56,12 @@ def source(tmp_path_factory) -> str:
     return str(path)
 
 
-class Speaker:
-    """In place of a model: each answer is a number from its prompt and its seed; `calls` is what was asked."""
-
-    def __init__(self, base: Path, say=None, stop_at: int = 0, stop=None):
-        self.tokenizer = Tokenizer.load(base / "tokenizer.model")
-        self.model = SimpleNamespace(config=SimpleNamespace(context_length=CONTEXT))
-        self.calls: list[tuple[str, int, float]] = []
-        self._say = say or (lambda text, seed: (str(zlib.crc32(f"{text}{seed}".encode()) % 1000), "eos"))
-        self._dispatches, self._stop_at, self._stop = 0, stop_at, stop
-
-    def generate(self, prompts, *, seed, samples, temperature, **settings):
-        self._dispatches += 1
-        if self._dispatches == self._stop_at:
-            self._stop()
-        texts = [" ".join(self.tokenizer.decode(ids).split()) for ids in prompts for _ in range(samples)]
-        assert len(texts) == len(seed)
-        self.calls += [(text, number, temperature) for text, number in zip(texts, seed, strict=True)]
-        said = [self._say(text, number) for text, number in zip(texts, seed, strict=True)]
-        return [Completion(answer, [], [], reason) for answer, reason in said]
-
-
 @pytest.fixture
 def speak(base, monkeypatch):
     """Lets a speaker take the model's place, and gives it."""
 
     def use(*arguments, **options) -> Speaker:
-        speaker = Speaker(base, *arguments, **options)
+        speaker = Speaker(base, CONTEXT, *arguments, **options)
         monkeypatch.setattr(rejection.Llama, "load", lambda *_, **__: speaker)
         return speaker
 
