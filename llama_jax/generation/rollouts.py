@@ -42,27 +42,18 @@ def make_gather(model: Transformer, dtype: Any) -> Callable[[Transformer], Trans
     """Makes the function that casts trained weights and gathers them to generate, compiled once for models that lie as this one.
 
     Over a mesh, every device gets whole what training splits over `fsdp` and `context`; the narrow type is what travels.
-    What it gives takes memory beside the trained weights as long as it is held; in a step that changed neither dtype
-    nor layout it may be the same buffers, which a training step that donates its state then deletes.
+    What it gives takes memory beside the trained weights as long as it is held. Where neither dtype nor layout changes it may
+    be the very same buffers, which a training step that donates its state then deletes: gather again behind each step.
 
     Args:
       model: on devices; plain, quantised or adapted weights. Quantised ones keep their bits.
       dtype: of the computation.
     """
 
-    def here(leaf: jax.Array) -> Any:
-        return leaf.sharding
+    def layout(weight: jax.Array) -> Any:
+        return generation_layout(weight.sharding) if isinstance(weight.sharding, NamedSharding) else weight.sharding
 
-    def there(leaf: jax.Array) -> Any:
-        return generation_layout(leaf.sharding) if isinstance(leaf.sharding, NamedSharding) else leaf.sharding
-
-    trained_layout = jax.tree.map(here, model)
-
-    def gather(model: Transformer) -> Transformer:
-        # Cast where it lies: the gathers would else move the wide type.
-        return jax.lax.with_sharding_constraint(model.cast(dtype), trained_layout)
-
-    return jax.jit(gather, out_shardings=jax.tree.map(there, model))
+    return jax.jit(lambda model: model.cast(dtype), out_shardings=jax.tree.map(layout, model))
 
 
 def sample_rollouts(
