@@ -1,6 +1,7 @@
 """Reward models at work (paper 3.2.2 and 3.2.3): loaded, checked, and judging the last answers of dialogues."""
 
 import dataclasses
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -23,8 +24,9 @@ from llama_jax.model.lora import LoraConfig, abstract_adapters, merge
 from llama_jax.parallel.mesh import constrain, make_mesh, ways
 from llama_jax.text.chat import BadDialogue, Dialogue, Llama2Chat, Plain, Template
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.training.checkpoint import find_checkpoints, load_tokenizer, read_metadata, restore_tree
+from llama_jax.training.checkpoint import find_checkpoints, load_tokenizer, newest_readable, read_metadata, restore_tree
 from llama_jax.training.held_out_pairs import Findings
+from llama_jax.training.metrics import say
 
 # Our choice, all three: when a reward model says too little about answers to be optimised against.
 CHANCE_DEVIATIONS = 2.33
@@ -138,6 +140,51 @@ def check_format(info: RewardInfo, path: str, template: Template) -> None:
             f"the reward model {path} was trained {with_} --plain, and is used {here} it; use it {with_} --plain too, or "
             "name another"
         )
+
+
+def trusted_judge(path: str, tokenizer: Tokenizer, template: Template, accept_warnings: bool) -> RewardInfo:
+    """The newest checkpoint of the reward model at `path`, for a policy to be optimised against.
+
+    Raises:
+      UserError: it is none, it does not read what the policy writes, or its held-out scores speak against it, unless
+        these are accepted.
+    """
+    info = reward_info(newest_readable(Path(path)))
+    check_format(info, path, template)
+    own = load_tokenizer(info.folder)
+    if own is None or own.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"the reward model {path} has another tokenizer than the policy, whose tokens it would misread; train one from "
+            "a model with the policy's tokenizer"
+        )
+    reasons = warnings_of(info.findings)
+    if reasons and not accept_warnings:
+        raise UserError(
+            f"{path} is not to be used for PPO:\n"
+            + "\n".join(f"  {reason}" for reason in reasons)
+            + "\ntrain a better one (llama-jax reward --help), or go on all the same with --accept-warnings"
+        )
+    for reason in reasons:
+        say(f"warning: {path} is a poor judge: {reason}")
+    return info
+
+
+def load_function(spec: str) -> Callable[[Sequence[Dialogue]], Sequence[float]]:
+    """The function that FILE.py:NAME names, which gives the last answer of each dialogue a number.
+
+    Raises:
+      UserError: there is none.
+    """
+    file, _, name = spec.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise UserError(f"--function {spec}: {file or spec} is not a Python file; expected FILE.py:NAME")
+    found = importlib.util.spec_from_file_location("llama_jax_reward_function", file)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--function {spec}: {file} has no function {name}")
+    return function
 
 
 def read_trained(info: RewardInfo, mesh: Mesh) -> RewardModel:

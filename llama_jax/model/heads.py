@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama_jax.config import Compute, LlamaConfig
+from llama_jax.model.low_rank import Lora
+from llama_jax.model.nf4 import Nf4
+from llama_jax.model.quantize import Int8
 from llama_jax.model.transformer import Param, Transformer, describe
 from llama_jax.parallel.mesh import sharding
 
@@ -94,7 +97,8 @@ def abstract_reward_model(config: LlamaConfig, mesh: Mesh | None = None, dtype: 
 
 def without_head(model: Transformer) -> Transformer:
     """A model's weights without its next-token head; the same arrays."""
-    weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda w: isinstance(w, Int8 | Nf4 | Lora))
+    weights = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     return jax.tree_util.tree_map_with_path(
         lambda path, _: weights[jax.tree_util.keystr(path)], describe(trunk_config(model.config))
     )
