@@ -4,6 +4,8 @@ import numpy as np
 
 from llama_jax.data.pairs import UNKNOWN, LoadedPairs, Pairs
 from llama_jax.data.preferences import Strength
+from llama_jax.text.chat import Encoded, shown
+from llama_jax.text.tokenizer import Tokenizer
 
 
 def described(loaded: LoadedPairs) -> dict[str, dict[str, float]]:
@@ -13,6 +15,14 @@ def described(loaded: LoadedPairs) -> dict[str, dict[str, float]]:
         for number, found in enumerate(loaded.found[: len(loaded.train.sizes)])
         if len(numbers := np.flatnonzero(loaded.train.source == number))
     }
+
+
+def shown_pair(pairs: Pairs, tokenizer: Tokenizer) -> list[str]:
+    """Both dialogues of the first pair as text, the chosen one first, their last answers between arrows."""
+    return [
+        shown(tokenizer, Encoded(ids.tolist(), [False] * (len(ids) - answer) + [True] * answer), ("\u00bb", "\u00ab"))
+        for ids, answer in zip(pairs[0], pairs.answers[0].tolist(), strict=True)
+    ]
 
 
 def statistics(pairs: Pairs, numbers: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""The report of a reward model (paper 3.2.2, Tables 7 to 9, Figures 27 and 29): accuracies, calibration, what scores follow."""
+"""The report of a reward model (paper 3.2.2, Tables 7 to 9, Figures 27 and 29): accuracies, calibration, what scores follow.
+
+A policy that was trained on preferences directly is a reward model of its own kind, and has the same report.
+"""
 
 import io
 import json
@@ -11,15 +14,15 @@ import numpy as np
 from llama_jax.data.pairs import UNKNOWN
 from llama_jax.data.preferences import Strength
 from llama_jax.evaluation.report import table, write_page
-from llama_jax.stages.reward import FINDINGS, SCORES
-from llama_jax.training.held_out_pairs import accuracy_of, length_correlation
+from llama_jax.stages.reward import FINDINGS
+from llama_jax.training.held_out_pairs import SCORES, accuracy_of, length_correlation
 from llama_jax.training.run_folder import write_whole
 
 UNSAFE_SCORE = 0.0  # sigmoid 0.5, at which the paper calls an answer unsafe
 
 
 def read_scores(folder: str | Path) -> list[dict[str, Any]]:
-    """The scored pairs of a run of the reward stage."""
+    """The scored pairs of a run of the reward or the dpo stage."""
     return [json.loads(line) for line in (Path(folder) / SCORES).read_text().splitlines()]
 
 
@@ -89,22 +92,38 @@ def write_reward_report(folder: str | Path) -> Path:
             for source, data in known["data"].items()
         ),
     ]
-    if rows:
-        plot_calibration(calibration(rows), folder / "calibration.png")
-        plot_scores(rows, folder / "scores.png")
-        scores, tokens = (np.array([row[name] for row in rows]) for name in ("scores", "tokens"))
-        header = ("accuracy", *(level.name.lower() for level in reversed(Strength)), "all", "pairs")
-        sections += [
-            "## Accuracy (paper, Tables 7 and 8)",
-            table(header, accuracy_table(rows)),
-            *([table(("accuracy by safety label", ""), safety_table(rows))] if is_labelled(rows) else []),
-            "## Calibration",
-            "![Share of wins against predicted probability](calibration.png)",
-            "## Scores",
-            f"Correlation with the length of answers, within pairs: {length_correlation(scores, tokens):.2f}.",
-            "![Scores of chosen and rejected answers; score against length](scores.png)",
-        ]
-    return write_page(folder / "report.md", f"Reward model {folder.name}", sections)
+    return write_page(folder / "report.md", f"Reward model {folder.name}", sections + _of_scores(rows, folder))
+
+
+def write_dpo_report(folder: str | Path) -> Path:
+    """Writes report.md and its plots into the folder of a run of the dpo stage, from the rewards that it left there."""
+    folder = Path(folder)
+    sections = [
+        "The score of an answer is its implicit reward: beta times what its log-probability has grown by, in nats, "
+        "against the model that training began with. Before training every score is 0.",
+        *_of_scores(read_scores(folder), folder),
+    ]
+    return write_page(folder / "report.md", f"Direct preference optimisation {folder.name}", sections)
+
+
+def _of_scores(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """The sections on what scores of pairs are like, whose plots are drawn into the folder; none without a pair."""
+    if not rows:
+        return []
+    plot_calibration(calibration(rows), folder / "calibration.png")
+    plot_scores(rows, folder / "scores.png")
+    scores, tokens = (np.array([row[name] for row in rows]) for name in ("scores", "tokens"))
+    header = ("accuracy", *(level.name.lower() for level in reversed(Strength)), "all", "pairs")
+    return [
+        "## Accuracy (paper, Tables 7 and 8)",
+        table(header, accuracy_table(rows)),
+        *([table(("accuracy by safety label", ""), safety_table(rows))] if is_labelled(rows) else []),
+        "## Calibration",
+        "![Share of wins against predicted probability](calibration.png)",
+        "## Scores",
+        f"Correlation with the length of answers, within pairs: {length_correlation(scores, tokens):.2f}.",
+        "![Scores of chosen and rejected answers; score against length](scores.png)",
+    ]
 
 
 def plot_calibration(points: list[tuple[float, float, int]], path: Path) -> None:

@@ -22,7 +22,7 @@ from optax import GradientTransformation
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.conversion.convert import open_pinned
 from llama_jax.conversion.load import load_model
-from llama_jax.data.pair_statistics import described
+from llama_jax.data.pair_statistics import described, shown_pair
 from llama_jax.data.pairs import (
     UNKNOWN,
     BatchCursor,
@@ -41,13 +41,13 @@ from llama_jax.model.lora import LoraConfig, adapt, describe_adapters, init_adap
 from llama_jax.model.transformer import abstract
 from llama_jax.parallel import distributed
 from llama_jax.parallel.mesh import check_divides, make_mesh, mesh_sizes, sharding, ways
-from llama_jax.text.chat import Encoded, Llama2Chat, Plain, Template, shown
+from llama_jax.text.chat import Llama2Chat, Plain, Template
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training import compiled as compiling
 from llama_jax.training import step as steps
 from llama_jax.training.batches import abstract_pairs, share_of_process
-from llama_jax.training.checkpoint import Checkpoints
-from llama_jax.training.held_out_pairs import Findings, PairScorer, scored_lines
+from llama_jax.training.checkpoint import Checkpoints, adapters_metadata
+from llama_jax.training.held_out_pairs import Findings, PairScorer, write_scores
 from llama_jax.training.loop import LoopConfig, fit
 from llama_jax.training.metrics import say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmed_up
@@ -55,7 +55,7 @@ from llama_jax.training.preference_loss import SMALL_MARGINS, preferences_object
 from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without, write_whole
 from llama_jax.training.step import TrainState
 
-SCORES, FINDINGS = "scores.jsonl", "findings.json"
+FINDINGS = "findings.json"
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
         reward = {
             "plain": config.plain,
             "findings": newest and dataclasses.asdict(newest),
-            "adapters": adapters_metadata(prepared) if prepared.is_lora else None,
+            "adapters": adapters_metadata(config.lora, prepared.checkpoint) if prepared.is_lora else None,
         }
         own = {"model": dataclasses.asdict(prepared.model), "reward": reward, "recipe": decisive}
         checkpoints.save(state, own | {"cursor": cursor._asdict()}, prepared.tokenizer)
@@ -300,11 +300,6 @@ def describe_state(prepared: Run) -> TrainState:
     return steps.abstract_new_state(model, prepared.optimizer, prepared.mesh)
 
 
-def adapters_metadata(prepared: Run) -> dict[str, Any]:
-    """What a checkpoint of adapters says of them: their settings, and the model that they belong to."""
-    return {"lora": dataclasses.asdict(prepared.config.lora), "base": str(prepared.checkpoint.resolve())}
-
-
 def make_scorer(prepared: Run) -> PairScorer:
     """Scores held-out pairs, a micro-batch at a time."""
     config, shape = prepared.config, prepared.shape
@@ -334,22 +329,17 @@ def write_findings(prepared: Run, model: RewardModel) -> list[str]:
     folder, and gives the reasons not to use the model, if any.
     """
     folder, loaded, scorer = Path(prepared.config.out), prepared.loaded, make_scorer(prepared)
-    names, findings, scores = [found.source for found in loaded.found], None, np.zeros((0, 2), np.float32)
+    findings, scores = None, np.zeros((0, 2), np.float32)
     if len(loaded.held_out):
         findings, scores = scorer.findings(model, loaded.held_out, np.arange(len(loaded.held_out)))
     tested = scorer.scores(model, loaded.tests, np.arange(len(loaded.tests)))
-    trained = names[: len(loaded.train.sizes)]
     known = {
         "findings": findings and dataclasses.asdict(findings),
         "warnings": warnings_of(findings),
         "data": described(loaded),
     }
-    lines = [
-        *scored_lines("held out", trained, loaded.held_out, scores),
-        *scored_lines("test", names[len(trained) :], loaded.tests, tested),
-    ]
+    write_scores(folder, loaded, scores, tested)
     if jax.process_index() == 0:
-        write_whole(folder / SCORES, "".join(lines).encode())
         write_whole(folder / FINDINGS, json.dumps(known, indent=2).encode())
     return known["warnings"]
 
@@ -376,15 +366,7 @@ def banner(prepared: Run, plan: dict[str, Any]) -> str:
 
 def show(prepared: Run, plan: dict[str, Any]) -> None:
     """Prints a dry run: the plan, the statistics of each source, and a pair with its judged answers between arrows."""
-    train, tables = prepared.loaded.train, described(prepared.loaded)
-    pair = [
-        shown(
-            prepared.tokenizer,
-            Encoded(ids.tolist(), [False] * (len(ids) - answer) + [True] * answer),
-            ("\u00bb", "\u00ab"),
-        )
-        for ids, answer in zip(train[0], train.answers[0].tolist(), strict=True)
-    ]
+    pair, tables = shown_pair(prepared.loaded.train, prepared.tokenizer), described(prepared.loaded)
     if prepared.config.json:
         recipe = dataclasses.asdict(prepared.config)
         own = {"recipe": recipe, "data": tables, "pair": pair, "steps": prepared.total_steps}

@@ -31,7 +31,7 @@ from llama_jax.data.examples import (
     load_examples,
 )
 from llama_jax.errors import UserError
-from llama_jax.model.lora import LoraConfig, abstract_adapters, adapt, describe_adapters, init_adapters
+from llama_jax.model.lora import LoraConfig, adapt, describe_adapters
 from llama_jax.model.nf4 import nf4_abstract
 from llama_jax.model.quantize import quantize_abstract
 from llama_jax.model.transformer import Transformer, abstract
@@ -42,10 +42,10 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training import compiled as compiling
 from llama_jax.training import step as steps
 from llama_jax.training.batches import share_of_process
-from llama_jax.training.checkpoint import Checkpoints
+from llama_jax.training.checkpoint import Checkpoints, adapters_metadata
 from llama_jax.training.held_out import make_score
 from llama_jax.training.loop import LoopConfig, fit
-from llama_jax.training.metrics import read_metrics, say
+from llama_jax.training.metrics import improvement, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without
 from llama_jax.training.step import TrainState
@@ -164,7 +164,10 @@ def run(config: SFTConfig) -> None:
                 "dialogues": fingerprint(examples.ids, examples.answer_mask, examples.starts),
             }
             open_run(folder, "sft", config, decisive, prepared.tokenizer, checkpoints, config.resume)
-            metadata = {"recipe": decisive} | (adapters_metadata(prepared) if prepared.is_lora else {})
+            metadata = {"recipe": decisive}
+            if prepared.is_lora:
+                adapters = adapters_metadata(config.lora, prepared.checkpoint)
+                metadata |= {"model": dataclasses.asdict(prepared.model), "adapters": adapters}
 
             def save(state: TrainState, cursor: RowCursor) -> None:
                 checkpoints.save(state, metadata | {"cursor": cursor._asdict()}, prepared.tokenizer)
@@ -172,7 +175,8 @@ def run(config: SFTConfig) -> None:
             train(prepared, checkpoints, save)
         finally:
             checkpoints.close()
-    say(f"done: {folder}{improvement(folder)}; try: llama-jax chat {folder}{' --plain' if config.plain else ''}")
+    change = improvement(folder, "eval/loss", "held-out loss")
+    say(f"done: {folder}{change}; try: llama-jax chat {folder}{' --plain' if config.plain else ''}")
 
 
 def prepare(config: SFTConfig, mesh: Mesh) -> Run:
@@ -220,14 +224,6 @@ def check_length(config: SFTConfig, packing: Packing) -> None:
         )
 
 
-def improvement(folder: Path) -> str:
-    """What the held-out loss was at first and at last, as a run's metrics have it; nothing if they do not."""
-    if jax.process_index() != 0:
-        return ""  # the one process that wrote them reads them, and speaks
-    losses = [record["eval/loss"] for record in read_metrics(folder) if "eval/loss" in record]
-    return f"; held-out loss {losses[0]:.3f} before, {losses[-1]:.3f} after" if len(losses) > 1 else ""
-
-
 def train(prepared: Run, checkpoints: Checkpoints, save: Callable[[TrainState, RowCursor], None]) -> None:
     """Feeds the batches behind the newest checkpoint's cursor to the loop, on the ambient mesh."""
     config, mesh = prepared.config, prepared.mesh
@@ -266,22 +262,16 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, Row
         say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
         return state, frozen, RowCursor(**metadata["cursor"])
     if prepared.is_lora:
-        key = jax.random.key(config.seed)
-        fresh = jax.jit(
-            lambda: steps.new_state(init_adapters(prepared.model, config.lora, key), optimizer), out_shardings=layout
-        )
-        return fresh(), frozen, RowCursor()
+        state = steps.begin_adapters(prepared.model, config.lora, optimizer, layout, config.seed)
+        return state, frozen, RowCursor()
     model = load_model(prepared.checkpoint, mesh, "float32")[0]
-    adopt = jax.jit(lambda model: steps.new_state(model, optimizer), out_shardings=layout, donate_argnums=0)
-    return adopt(model), None, RowCursor()
+    return steps.adopt(model, optimizer, layout), None, RowCursor()
 
 
 def describe_state(prepared: Run) -> TrainState:
     """The state as shapes, dtypes and shardings."""
-    config, mesh, optimizer = prepared.config, prepared.mesh, prepared.optimizer
-    if not prepared.is_lora:
-        return steps.abstract_state(prepared.model, optimizer, mesh)
-    return steps.abstract_new_state(abstract_adapters(prepared.model, config.lora, mesh), optimizer, mesh)
+    lora = prepared.config.lora if prepared.is_lora else None
+    return steps.abstract_state(prepared.model, prepared.optimizer, prepared.mesh, lora)
 
 
 def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
@@ -328,17 +318,6 @@ def make_evaluation(prepared: Run, frozen: Any) -> Callable[[TrainState], dict[s
         return {"eval/loss": nats / targets}
 
     return evaluate
-
-
-def adapters_metadata(prepared: Run) -> dict[str, Any]:
-    """What a checkpoint of adapters says beside them: their settings, and the model that they belong to."""
-    return {
-        "model": dataclasses.asdict(prepared.model),
-        "adapters": {
-            "lora": dataclasses.asdict(prepared.config.lora),
-            "base": str(prepared.checkpoint.resolve()),
-        },
-    }
 
 
 def banner(prepared: Run, plan: dict[str, Any]) -> str:

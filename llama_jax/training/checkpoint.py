@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from llama_jax.config import llama_config_from_json
 from llama_jax.errors import UserError
 from llama_jax.model import transformer
+from llama_jax.model.lora import LoraConfig
 from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.tokenizer import Tokenizer
@@ -150,6 +151,11 @@ class Checkpoints:
 
             multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
         self._orbax.reload()
+
+
+def adapters_metadata(lora: LoraConfig, base: Path) -> dict[str, Any]:
+    """What a checkpoint of adapters says of them: their settings, and the model that they belong to."""
+    return {"lora": dataclasses.asdict(lora), "base": str(base.resolve())}
 
 
 def restore_model(

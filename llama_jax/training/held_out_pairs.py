@@ -5,18 +5,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import Compute
-from llama_jax.data.pairs import BatchShape, PairBatch, Pairs, make_pair_batch, pack_pairs
+from llama_jax.data.pairs import BatchShape, LoadedPairs, PairBatch, Pairs, make_pair_batch, pack_pairs
 from llama_jax.data.pipeline import own_rows
 from llama_jax.model.heads import RewardModel
 from llama_jax.parallel.mesh import constrain
 from llama_jax.training.batches import share_of_process, to_devices
 from llama_jax.training.preference_loss import pair_scores
+from llama_jax.training.run_folder import write_whole
+
+SCORES = "scores.jsonl"
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,17 @@ def of_each_pair(
 
 def _on_every_device(model: RewardModel, batch: PairBatch, compute: Compute, left: bool) -> jax.Array:
     return constrain(pair_scores(model, batch, compute, left), None, None, None)
+
+
+def write_scores(folder: Path, loaded: LoadedPairs, held_out: np.ndarray, tests: np.ndarray) -> None:
+    """Writes a line for each held-out pair, and each pair of a test set, with its scores (pairs, 2), into a run's folder."""
+    names, trained = [found.source for found in loaded.found], len(loaded.train.sizes)
+    lines = [
+        *scored_lines("held out", names[:trained], loaded.held_out, held_out),
+        *scored_lines("test", names[trained:], loaded.tests, tests),
+    ]
+    if jax.process_index() == 0:
+        write_whole(folder / SCORES, "".join(lines).encode())
 
 
 def scored_lines(kind: str, sources: Sequence[str], pairs: Pairs, scores: np.ndarray) -> list[str]:

@@ -71,7 +71,7 @@ def fit(
 
     Args:
       state: what to begin with; donated.
-      train_step: from `make_train_step`.
+      train_step: from `make_train_step`; what its objective reports beside the loss are sums by name, which are logged.
       batches: this process's rows of the batches that come after `state.step`, and the cursor behind each.
       model: the architecture, for FLOPs.
       rows: sequences of the global batch.
@@ -170,6 +170,7 @@ def record(
         return
     speed = clock.lap(done)
     lr = float(schedule(done - 1 - m.skipped))  # a skipped step does not advance the schedule
+    extras = {f"train/{name}": np.sum(parts).item() for name, parts in dict(metrics.extras).items()}
     values = {
         "train/loss": m.loss,
         "train/accuracy": m.accuracy,
@@ -180,6 +181,7 @@ def record(
         "train/tokens_per_s": speed.tokens_per_s,
         "train/data_wait": speed.data_wait,
         **({} if speed.mfu is None else {"train/mfu": speed.mfu}),
+        **extras,
     }
     log.write(done, {name: value for name, value in values.items() if math.isfinite(value)})
     line = f"step {done}/{clock.total} {done / clock.total:.1%} loss {m.loss:.3f} lr {lr:.1e} gnorm {m.grad_norm:.2f}"

@@ -49,6 +49,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def improvement(folder: Path, name: str, title: str) -> str:
+    """What an evaluation gave at first and at last, as a run's metrics have it; nothing if they do not."""
+    if jax.process_index() != 0:
+        return ""  # the one process that wrote them reads them, and speaks
+    values = [record[name] for record in read_metrics(folder) if name in record]
+    return f"; {title} {values[0]:.3f} before, {values[-1]:.3f} after" if len(values) > 1 else ""
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.data.packing import Batch
 from llama_jax.model import transformer
+from llama_jax.model.lora import LoraConfig, abstract_adapters, init_adapters
 from llama_jax.model.quantize import Int8, dequantize
 from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import sharding
@@ -51,7 +52,7 @@ class StepMetrics(NamedTuple):
     """What a step reports: float32 or int32 scalars, extras aside."""
 
     loss: jax.Array
-    """Mean cross-entropy per target, nats; of a reward model the mean ranking loss per pair."""
+    """Mean cross-entropy per target, nats; of a reward model the mean ranking loss per pair; of others what they minimise."""
     accuracy: jax.Array
     """Share of targets that were the most likely prediction; of pairs those ranked right."""
     grad_norm: jax.Array
@@ -75,9 +76,27 @@ def new_state(model: Any, optimizer: optax.GradientTransformation) -> TrainState
     return TrainState(step, model, optimizer.init(model), skipped, skipped_in_row)
 
 
-def abstract_state(config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state of a whole model as shapes, dtypes and shardings, for compiling and restoring without memory."""
-    return abstract_new_state(transformer.abstract(config, mesh), optimizer, mesh)
+def adopt(model: Transformer, optimizer: optax.GradientTransformation, layout: TrainState) -> TrainState:
+    """A state at step 0 around existing weights, which are donated."""
+    return jax.jit(lambda model: new_state(model, optimizer), out_shardings=layout, donate_argnums=0)(model)
+
+
+def begin_adapters(
+    config: LlamaConfig, lora: LoraConfig, optimizer: optax.GradientTransformation, layout: TrainState, seed: int
+) -> TrainState:
+    """A state at step 0 around fresh adapters of a model."""
+    key = jax.random.key(seed)
+    return jax.jit(lambda: new_state(init_adapters(config, lora, key), optimizer), out_shardings=layout)()
+
+
+def abstract_state(
+    config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh, lora: LoraConfig | None = None
+) -> TrainState:
+    """The state of a whole model, or of adapters of one, as shapes, dtypes and shardings, for compiling and restoring
+    without memory.
+    """
+    model = transformer.abstract(config, mesh) if lora is None else abstract_adapters(config, lora, mesh)
+    return abstract_new_state(model, optimizer, mesh)
 
 
 def abstract_new_state(model: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from llama_jax.evaluation.rewards import accuracy_table, calibration, safety_table, write_reward_report
-from llama_jax.stages.reward import FINDINGS, SCORES
+from llama_jax.stages.reward import FINDINGS
+from llama_jax.training.held_out_pairs import SCORES
 
 
 def row(chosen, rejected, strength=3, source="a", safe=(-1, -1)) -> dict:

@@ -19,14 +19,21 @@ from llama_jax.training.checkpoint import Checkpoints, flat, read_metadata
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import abstract_batch, abstract_new_state, make_train_step, new_state
 from tests.parity.numpy_llama import random_weights, to_ours
-from tests.training.tiny import FP32, MODEL, OPTIMIZER, STEPS, assert_same, batch, named, on_mesh, relative_error
+from tests.training.tiny import (
+    FP32,
+    KEEP_GRADIENT,
+    MODEL,
+    OPTIMIZER,
+    STEPS,
+    assert_same,
+    batch,
+    named,
+    on_mesh,
+    relative_error,
+)
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 DROPPING = replace(LORA, dropout=0.5)
-# Its moments are the gradient itself, so that gradients can be compared without Adam's division.
-KEEP_GRADIENT = optax.GradientTransformation(
-    lambda adapters: jax.tree.map(jnp.zeros_like, adapters), lambda gradient, _, adapters: (gradient, gradient)
-)
 
 
 @cache

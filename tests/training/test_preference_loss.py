@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from llama_jax.data.pairs import UNKNOWN, BatchShape, PairBatch, Pairs, make_pair_batch
@@ -22,16 +21,11 @@ from llama_jax.training.preference_loss import (
 )
 from llama_jax.training.step import make_train_step, new_state
 from tests.parity.numpy_llama import random_weights, to_ours
-from tests.training.tiny import FP32, MODEL, relative_error
+from tests.training.tiny import FP32, KEEP_GRADIENT, MODEL, relative_error
 
 PACKED = [[0, 1], [2], [3, 4], [5]]  # of which row holds which pairs
 PAIRS, LENGTH = 6, 64
 jitted = jax.jit(pair_scores, static_argnums=(2, 3))
-
-# Its moments are the gradient itself, so that gradients can be compared without Adam's division.
-KEEP_GRADIENT = optax.GradientTransformation(
-    lambda model: jax.tree.map(jnp.zeros_like, model), lambda gradient, _, model: (gradient, gradient)
-)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,16 @@ import pytest
 
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.step import abstract_state, init_state, make_train_step, new_state
-from tests.training.tiny import FP32, MODEL, assert_same, batch, named, on_mesh, optimizer, relative_error
-
-# Its moments are the gradient itself, so that gradients can be compared without Adam's division.
-KEEP_GRADIENT = optax.GradientTransformation(
-    lambda model: jax.tree.map(jnp.zeros_like, model), lambda gradient, _, model: (gradient, gradient)
+from tests.training.tiny import (
+    FP32,
+    KEEP_GRADIENT,
+    MODEL,
+    assert_same,
+    batch,
+    named,
+    on_mesh,
+    optimizer,
+    relative_error,
 )
 
 

@@ -1,7 +1,9 @@
 """A model and batches small enough that a step takes a millisecond, with every kind of segment and mask in them."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.data.packing import Batch
@@ -14,6 +16,10 @@ MODEL = LlamaConfig(
 FP32 = Compute(dtype="float32", attention="xla", remat="none", loss_chunk=8)
 OPTIMIZER = OptimizerConfig(peak_lr=1e-2, warmup_steps=2)
 STEPS = 20
+# Its moments are the gradient itself, so that gradients can be compared without Adam's division.
+KEEP_GRADIENT = optax.GradientTransformation(
+    lambda trained: jax.tree.map(jnp.zeros_like, trained), lambda gradient, _, trained: (gradient, gradient)
+)
 
 
 def optimizer(config: OptimizerConfig = OPTIMIZER):
