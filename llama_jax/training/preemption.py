@@ -1,9 +1,13 @@
 """Being told to stop: spot machines and job managers send SIGTERM, people press Ctrl-C; both save first."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import jax
+
+from llama_jax.errors import Preempted
 
 
 class StopSignal:
@@ -42,3 +46,24 @@ class StopSignal:
                 return "SIGTERM"
             return None
         return self._received
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """While it is entered, SIGTERM raises Preempted right where it comes, other than in a `StopSignal`.
+
+    For a program of several resumable parts: between their loops nothing is lost, and loading a model takes long.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Preempted(f"{signal.Signals(number).name} received; start it again to go on")
+
+    # As above: with several processes the signal is JAX's, and who ignores it, wants it ignored.
+    if jax.process_count() > 1 or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
