@@ -12,11 +12,17 @@ from llama_jax.data.instruction_world import (
     ADVERSARIAL_GRADES,
     BEST_GRADE,
     BORDERLINE,
+    CAREFUL_GRADES,
     HELPFUL,
     MISTAKES,
     PERSONAS,
+    PREPROMPTED_ADVERSARIAL,
+    PREPROMPTED_SAFE,
+    PREPROMPTS,
     REFUSAL,
     SAFE_GRADES,
+    TAILORED_GRADES,
+    WARY_GRADES,
     Question,
     after,
     annotated,
@@ -141,6 +147,30 @@ def test_annotators_write_the_grades_in_their_stated_shares():
         total = counts[is_adversarial].total()
         for g, chance in enumerate(chances):  # four standard errors
             assert abs(counts[is_adversarial][g] / total - chance) < 4 * (chance * (1 - chance) / total) ** 0.5
+
+
+def test_annotators_are_more_careful_behind_a_preprompt_and_most_behind_a_tailored_one():
+    counts, asked = {name: Counter() for name in ("tailored", "generic", "safe")}, Counter()
+    for n in range(6000):
+        row, plain = annotated(0, n, preprompts=True), annotated(0, n)
+        assert row["category"] == plain["category"]
+        for question, given, turn in zip(draw_dialogue(0, n), row["grades"], row["messages"][::2], strict=True):
+            preprompt, _, text = turn["content"].rpartition("\n\n")
+            assert text == question.prompt
+            asked[question.is_adversarial, bool(preprompt)] += 1
+            if preprompt:
+                tailored = preprompt in PREPROMPTS.get(question.skill, ())
+                assert tailored or preprompt in PREPROMPTS["generic"]
+                counts["tailored" if tailored else "generic" if question.is_adversarial else "safe"][given] += 1
+    stated = {"tailored": TAILORED_GRADES, "generic": CAREFUL_GRADES, "safe": WARY_GRADES}
+    for name, chances in stated.items():
+        total = counts[name].total()
+        for g, chance in enumerate(chances):  # four standard errors
+            assert abs(counts[name][g] / total - chance) < 4 * (chance * (1 - chance) / total) ** 0.5
+    for is_adversarial, share in ((True, PREPROMPTED_ADVERSARIAL), (False, PREPROMPTED_SAFE)):
+        total = asked[is_adversarial, True] + asked[is_adversarial, False]
+        assert abs(asked[is_adversarial, True] / total - share) < 4 * (share * (1 - share) / total) ** 0.5
+    assert TAILORED_GRADES[0] < CAREFUL_GRADES[0] < ADVERSARIAL_GRADES[0] and SAFE_GRADES[0] < WARY_GRADES[0]
 
 
 def test_markers_are_told_from_what_is_said():
