@@ -168,8 +168,8 @@ def test_gathered_weights_are_cast_and_stay_on_a_single_device(ending):
     ("settings", "message"),
     [
         (
-            {"max_new_tokens": 49},
-            r"16 tokens and --max-new-tokens 49 do not fit in 64 tokens \(the model's context is 64\)",
+            {"max_new_tokens": 45},
+            r"20 tokens and --max-new-tokens 45 do not fit in 64 tokens \(the model's context is 64\)",
         ),
         ({"slots": 32}, "do not fit in 32 tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0 and rows 64; both must be 1 or more"),
