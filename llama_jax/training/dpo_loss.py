@@ -81,8 +81,7 @@ def dpo_objective(beta: float, label_smoothing: float = 0.0) -> Objective:
     """The mean over a batch's pairs of the loss, of `Policies`; margin and drifts are its extras."""
 
     def sums(policies: Policies, batch: PairBatch, weights_BK: jax.Array, compute: Compute) -> LossSums:
-        drift_BK2 = jnp.where(batch.pair_mask_BK[..., None], drifts(policies, batch, compute), 0.0)
-        terms = pair_terms(drift_BK2, beta, label_smoothing)
+        terms = pair_terms(drifts(policies, batch, compute), beta, label_smoothing)
         means = {name: jnp.sum(weights_BK * value_BK) for name, value_BK in terms.items()}
         loss, accuracy = means.pop("loss"), means.pop("accuracy")
         return LossSums(loss, loss, accuracy, means)

@@ -28,12 +28,8 @@ from llama_jax.training.held_out_pairs import Findings, accuracy_of, length_corr
 from llama_jax.training.loop import LoopConfig
 from llama_jax.training.optimizer import OptimizerConfig, warmed_up
 from llama_jax.training.preference_loss import pair_scores
+from tests.stages.graded_pairs import rows, write, write_base
 from tests.stages.runs import assert_same_run
-from tests.tiny_checkpoint import write_tiny_checkpoint
-
-GRADED = (("dull", "bad", "poor"), ("fair", "plain", "usual"), ("good", "nice", "kind"), ("great", "grand", "superb"))
-THINGS = ("tea", "car", "sky", "sea", "bus", "cat")
-MISTAKES = (0.5, 0.25, 0.1, 0.0)  # of annotators, by the difference in grade
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,31 +40,9 @@ def one_device(compiled_once):
         yield
 
 
-def rows(seed: int, count: int) -> list[dict]:
-    """Answers of two grades; how often the better one is chosen depends on how much better it is."""
-    generator = random.Random(seed)
-    made = []
-    while len(made) < count:
-        grades = sorted(generator.randrange(4) for _ in range(2))
-        worse, better = (f"a {generator.choice(GRADED[grade])} one" for grade in grades)
-        if worse == better:
-            continue
-        strength = grades[1] - grades[0]
-        chosen, rejected = (worse, better) if generator.random() < MISTAKES[strength] else (better, worse)
-        prompt = f"{generator.choice(THINGS)} {generator.randrange(999)}?"
-        made.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "strength": strength})
-    return made
-
-
-def write(path: Path, made: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    words = [f"{' '.join(row['prompt'] for row in rows(0, 40))} a {' '.join(sum(GRADED, ()))} one [INST] [/INST]\n"]
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("base") / "hf", words * 20, vocab_size=330, context=128)
+    return write_base(tmp_path_factory.mktemp("base") / "hf")
 
 
 @pytest.fixture(scope="module")
