@@ -208,10 +208,9 @@ def prepare(config: RLHFConfig, has_annotate: bool = False) -> Prepared:
     checkpoint, model, tokenizer = open_pinned(config.checkpoint)
     template: Template = Plain() if config.plain else Llama2Chat()
     dialogues, found = read_prompts(config.data, template)
-    longest = max(
-        config.rejection.max_new_tokens, config.ppo.max_new_tokens if config.versions >= config.ppo_from else 0
-    )
-    prompts, left_out = encode_fitting(dialogues, tokenizer, template, model.context_length, longest)
+    # PPO, whose limit is its own, leaves out what has no room for that.
+    room = config.rejection.max_new_tokens
+    prompts, left_out = encode_fitting(dialogues, tokenizer, template, model.context_length, room)
     say("\n".join(filter(None, (found, left_out))))
     return Prepared(config, checkpoint, template, *hold_out(prompts, config.eval_prompts, config.seed))
 
