@@ -53,7 +53,9 @@ def dialogue(name: str, turns: int, asking: float = 0) -> dict[str, list[dict[st
 def tuned(out: str, start: str, name: str, sources: list[str], epochs: int, lr: float, **chosen: str) -> str:
     """Fine-tunes, and gives the new checkpoint."""
     data = DialogueConfig(tuple(f"{out}/{source}.jsonl" for source in sources), held_out=0, **chosen)
-    recipe = sft.SFTConfig(f"{out}/{start}", data, epochs=epochs, rows=4, optimizer=OptimizerConfig(lr, 10))
+    recipe = sft.SFTConfig(
+        checkpoint=f"{out}/{start}", data=data, epochs=epochs, rows=4, optimizer=OptimizerConfig(lr, 10)
+    )
     sft.run(replace(recipe, compute=BASE.compute, loop=BASE.loop, out=f"{out}/{name}"))
     return f"{out}/{name}"
 

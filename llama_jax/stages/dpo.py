@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from optax import GradientTransformation
 
-from llama_jax.config import Compute, LlamaConfig
+from llama_jax.config import LlamaConfig
 from llama_jax.conversion.convert import open_pinned
 from llama_jax.conversion.load import load_model
 from llama_jax.data.pair_statistics import described, shown_pair
@@ -49,15 +49,16 @@ from llama_jax.training.batches import abstract_pairs, share_of_process
 from llama_jax.training.checkpoint import Checkpoints, adapters_metadata
 from llama_jax.training.dpo_loss import Policies, dpo_objective, drifts, pair_terms
 from llama_jax.training.held_out_pairs import of_each_pair, write_scores
-from llama_jax.training.loop import LoopConfig, fit
+from llama_jax.training.loop import fit
 from llama_jax.training.metrics import improvement, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmed_up
+from llama_jax.training.run_config import RunConfig, run_dataclass
 from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without
 from llama_jax.training.step import TrainState
 
 
-@dataclass(frozen=True)
-class DPOConfig:
+@run_dataclass
+class DPOConfig(RunConfig):
     """One run of direct preference optimisation."""
 
     checkpoint: str = ""
@@ -84,26 +85,12 @@ class DPOConfig:
     """What is trained: every weight, or low-rank adapters beside frozen ones, which are then the reference as well."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The adapters, where they are trained."""
-    compute: Compute = field(default_factory=Compute)
-    """Precision, attention kernel and what is recomputed; memory and speed, not the result."""
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=100, save_every=100))
-    """How often to log, evaluate and save."""
-    micro_batches: int = 1
-    """Parts a batch is split into, one after the other, to save memory; the result is the same."""
-    mesh: str = "auto"
-    """Devices per axis, such as data=2,fsdp=4,tensor=2; auto is fsdp over all."""
     seed: int = 0
     """Of adapters, dropout and the order of the pairs."""
     out: str = "runs/dpo"
     """The run's folder."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """Go on from the newest checkpoint in the folder: if there is one; never (refuses a folder that has one); or fail
-    without one.
-    """
     dry_run: bool = False
     """Print a pair, the statistics of the data, the mesh and the memory, and touch nothing."""
-    json: bool = False
-    """Print the dry run as JSON."""
 
 
 # What may differ between a run and its continuation. The model, the tokenizer and the pairs are compared by what they turned

@@ -27,7 +27,6 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax import GradientTransformation
 
-from llama_jax.config import Compute
 from llama_jax.conversion.convert import open_pinned
 from llama_jax.data.prompt_order import Prompt, batch_of, encode_fitting, hold_out
 from llama_jax.data.prompts import PromptsConfig, read_prompts
@@ -84,14 +83,15 @@ from llama_jax.training.ppo_loss import (
     value_objective,
 )
 from llama_jax.training.preemption import StopSignal
+from llama_jax.training.run_config import RunConfig, run_dataclass
 from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without, write_whole
 from llama_jax.training.step import StepMetrics, TrainState
 
 CONSTANT = OptimizerConfig(peak_lr=1e-6, warmup_steps=0, final_lr_ratio=1.0)
 
 
-@dataclass(frozen=True)
-class PPOConfig:
+@run_dataclass
+class PPOConfig(RunConfig):
     """One run of PPO."""
 
     checkpoint: str = ""
@@ -146,28 +146,18 @@ class PPOConfig:
     """Prompts that are held out, to stop by and to show answers to."""
     patience: int = 5
     """Stop after so many evaluations without a better mean reward on them; 0: never."""
-    compute: Compute = field(default_factory=Compute)
-    """Precision, attention kernel and what is recomputed; memory and speed, not the result."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(log_every=1, eval_every=10, save_every=10))
     """How often to log, evaluate and save; counted in iterations."""
     rows: int = 64
     """Answers that are drawn side by side; a finished one makes room for the next. Memory and speed, not the result."""
     micro_batches: int = 1
     """Parts a mini-batch is split into, one after the other, to save memory; the result is the same."""
-    mesh: str = "auto"
-    """Devices per axis, such as data=2,fsdp=4,tensor=2; auto is fsdp over all."""
     seed: int = 0
     """Of the order of prompts, of answers, heads and adapters."""
     out: str = "runs/ppo"
     """The run's folder; where held-out prompts gained most is its best/."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """Go on from the newest checkpoint in the folder: if there is one; never (refuses a folder that has one); or fail
-    without one.
-    """
     dry_run: bool = False
     """Print what was found, the mesh and the memory, and touch nothing."""
-    json: bool = False
-    """Print the dry run as JSON."""
 
 
 # What may differ between a run and its continuation. Models and prompts are compared by what they turned out to be.

@@ -8,9 +8,9 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from optax import GradientTransformation
 
-from llama_jax.config import Compute, LlamaConfig
+from llama_jax.config import LlamaConfig
 from llama_jax.conversion.load import load_model
 from llama_jax.data.pipeline import Cursor, DataConfig, make_batches, training_documents
 from llama_jax.errors import UserError
@@ -34,12 +34,13 @@ from llama_jax.training.held_out import make_held_out_loss
 from llama_jax.training.loop import LoopConfig, fit
 from llama_jax.training.metrics import format_count, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from llama_jax.training.run_config import RunConfig, run_dataclass
 from llama_jax.training.run_folder import differences, make_folder, open_run, without, write_whole
 from llama_jax.training.step import TrainState
 
 
-@dataclass(frozen=True)
-class PretrainConfig:
+@run_dataclass
+class PretrainConfig(RunConfig):
     """One pretraining run."""
 
     model: LlamaConfig
@@ -54,32 +55,20 @@ class PretrainConfig:
     """Tokens in a global batch; 4M in the paper."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
-    compute: Compute = field(default_factory=Compute)
-    """Precision, attention kernel and what is recomputed; memory and speed, not the result."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """How often to log, evaluate and save."""
-    micro_batches: int = 1
-    """Parts a batch is split into, one after the other, to save memory; the result is the same."""
     z_loss: float = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting; 0 as in the paper."""
     init_from: str = ""
     """A checkpoint whose parameters to begin with, such as for a longer context; random ones if empty."""
     sample_prompts: tuple[str, ...] = ("",)
     """Prompts continued at each evaluation, written to samples/; an empty one starts from BOS."""
-    mesh: str = "auto"
-    """Devices per axis, such as data=2,fsdp=4,tensor=2; auto is fsdp over all."""
     seed: int = 0
     """Of initialisation and data order."""
     out: str = "runs/pretrain"
     """The run's folder."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """Go on from the newest checkpoint in the folder: if there is one; never (refuses a folder that has one); or fail
-    without one.
-    """
     dry_run: bool = False
     """Print the resolved recipe, the mesh and the memory, and touch nothing."""
-    json: bool = False
-    """Print the dry run as JSON."""
 
     @property
     def length(self) -> int:

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 from optax import GradientTransformation
 
-from llama_jax.config import Compute, LlamaConfig
+from llama_jax.config import LlamaConfig
 from llama_jax.conversion.convert import open_pinned
 from llama_jax.conversion.load import load_model
 from llama_jax.data.examples import (
@@ -44,17 +44,18 @@ from llama_jax.training import step as steps
 from llama_jax.training.batches import share_of_process
 from llama_jax.training.checkpoint import Checkpoints, adapters_metadata
 from llama_jax.training.held_out import make_score
-from llama_jax.training.loop import LoopConfig, fit
+from llama_jax.training.loop import fit
 from llama_jax.training.metrics import improvement, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from llama_jax.training.run_config import RunConfig, run_dataclass
 from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without
 from llama_jax.training.step import TrainState
 
 PAPER_PEAK_LR = 2e-5
 
 
-@dataclass(frozen=True)
-class SFTConfig:
+@run_dataclass
+class SFTConfig(RunConfig):
     """One fine-tuning run."""
 
     checkpoint: str = ""
@@ -80,26 +81,12 @@ class SFTConfig:
     """Keep the frozen weights in 8 bits."""
     nf4: bool = False
     """Keep the frozen weights in 4 bits, as QLoRA does."""
-    compute: Compute = field(default_factory=Compute)
-    """Precision, attention kernel and what is recomputed; memory and speed, not the result."""
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(eval_every=100, save_every=100))
-    """How often to log, evaluate and save."""
-    micro_batches: int = 1
-    """Parts a batch is split into, one after the other, to save memory; the result is the same."""
-    mesh: str = "auto"
-    """Devices per axis, such as data=2,fsdp=4,tensor=2; auto is fsdp over all."""
     seed: int = 0
     """Of adapters, dropout and the order of the dialogues."""
     out: str = "runs/sft"
     """The run's folder."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """Go on from the newest checkpoint in the folder: if there is one; never (refuses a folder that has one); or fail
-    without one.
-    """
     dry_run: bool = False
     """Print three examples with the trained tokens marked, the mesh and the memory, and touch nothing."""
-    json: bool = False
-    """Print the dry run as JSON."""
 
 
 # What may differ between a run and its continuation. The model, the tokenizer and the dialogues are compared by what they

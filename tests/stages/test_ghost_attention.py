@@ -6,7 +6,6 @@ import os
 import signal
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,13 +18,13 @@ from llama_jax.data.constraints import KINDS, draw_instruction
 from llama_jax.data.examples import DialogueConfig, load_examples
 from llama_jax.data.questions import QuestionsConfig
 from llama_jax.errors import Preempted, UserError
-from llama_jax.generation.llama import Completion
 from llama_jax.model import transformer
 from llama_jax.stages import ghost_attention
 from llama_jax.stages.ghost_attention import GhostAttentionConfig, run
 from llama_jax.text.chat import Llama2Chat
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.checkpoint import flat
+from tests.stages.speaker import Speaker
 
 CONTEXT = 4096
 QUESTIONS = [[f"what is {number} and {turn}?" for turn in range(1 + number % 4)] for number in range(10)]
@@ -64,32 +63,12 @@ def source(tmp_path_factory) -> str:
     return str(path)
 
 
-class Speaker:
-    """In place of a model: what it says depends on what it read and on the seed; `asked` is every prompt with its answer."""
-
-    def __init__(self, base: Path, say=None, stop_at: int = 0, stop=None):
-        self.tokenizer = Tokenizer.load(base / "tokenizer.model")
-        self.model = SimpleNamespace(config=SimpleNamespace(context_length=CONTEXT))
-        self.asked: dict[str, str] = {}
-        self._say = say or (lambda text, seed: (f"{zlib.crc32(text.encode())} {seed}", "eos"))
-        self._calls, self._stop_at, self._stop = 0, stop_at, stop
-
-    def generate(self, prompts, *, seed, **settings):
-        self._calls += 1
-        if self._calls == self._stop_at:
-            self._stop()
-        texts = [" ".join(self.tokenizer.decode(ids).split()) for ids in prompts]
-        said = [self._say(text, number) for text, number in zip(texts, seed, strict=True)]
-        self.asked |= {text: answer for text, (answer, _) in zip(texts, said, strict=True)}
-        return [Completion(answer, [], [], reason) for answer, reason in said]
-
-
 @pytest.fixture
 def speak(base, monkeypatch):
     """Lets a speaker take the model's place, and gives it."""
 
     def use(*arguments, **options) -> Speaker:
-        speaker = Speaker(base, *arguments, **options)
+        speaker = Speaker(base, CONTEXT, *arguments, **options)
         monkeypatch.setattr(ghost_attention.Llama, "load", lambda *_, **__: speaker)
         return speaker
 
