@@ -10,16 +10,13 @@ kept the earlier ones of its dialogues); an answer that it does not end, or that
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from llama_jax.conversion.convert import open_pinned
 from llama_jax.data.constraints import (
@@ -35,17 +32,16 @@ from llama_jax.data.constraints import (
     with_values,
 )
 from llama_jax.data.questions import QuestionsConfig, read_questions
+from llama_jax.data.samples import as_line
 from llama_jax.errors import Preempted, UserError
+from llama_jax.generation.answer_scores import Score
 from llama_jax.generation.lists import write_list
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.replies import reply_to
-from llama_jax.text.chat import Dialogue, Llama2Chat, Message, Plain, Template
+from llama_jax.generation.replies import reply_to, seed_of
+from llama_jax.text.chat import Llama2Chat, Message, Plain, Template
 from llama_jax.training.metrics import format_duration, say
 from llama_jax.training.preemption import StopSignal
-from llama_jax.training.run_folder import find_recipe, make_folder, without, write_recipe, write_whole
-
-Score = Callable[[Sequence[Dialogue]], Sequence[float]]
-"""How good the last answer of each dialogue is, as a reward model says; more is better."""
+from llama_jax.training.run_folder import digest_of, find_recipe, make_folder, without, write_recipe, write_whole
 
 DIALOGUES, LISTS = "dialogues.jsonl", "constraints.json"
 _SECONDS_BETWEEN_LINES = 10
@@ -259,7 +255,7 @@ def sample(prepared: Prepared, llama: Llama, missing: Sequence[int]) -> None:
                 if name := stop.received(done):
                     raise Preempted(f"{name} received: {saved} of {count} dialogues are saved; start it again to go on")
             rows = [_row(dialogue, prepared.config.as_system) for dialogue in growing]
-            write_whole(prepared.part(part.start), "".join(map(_line, rows)).encode())
+            write_whole(prepared.part(part.start), "".join(map(as_line, rows)).encode())
             saved += len(part)
     say(f"{done} answers in {format_duration(time.monotonic() - began)}")
 
@@ -268,7 +264,7 @@ def answer(prepared: Prepared, llama: Llama, dialogues: Sequence[Growing]) -> No
     """Gives each dialogue its next answer, or ends it."""
     config, samples = prepared.config, prepared.samples
     waiting = [for_sampling(d.instruction, d.questions, d.replies) for d in dialogues for _ in range(samples)]
-    seeds = [_seed(config.seed, d.number, 1 + len(d.replies), k) for d in dialogues for k in range(samples)]
+    seeds = [seed_of(config.seed, d.number, 1 + len(d.replies), k) for d in dialogues for k in range(samples)]
     settings = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p}
     replies = reply_to(llama, waiting, prepared.template, seeds=seeds, **settings)
     scores = [0.0] * len(replies)
@@ -306,7 +302,7 @@ def join(parts: Sequence[Path], path: Path) -> None:
         + (f", and these end early: {early}" if early else "")
         + (f"; {len(rows) - len(kept)} without any answer are left out" if len(kept) < len(rows) else "")
     )
-    write_whole(path, "".join(map(_line, kept)).encode())
+    write_whole(path, "".join(map(as_line, kept)).encode())
 
 
 _ENDINGS = {
@@ -339,10 +335,6 @@ def show(prepared: Prepared) -> None:
         )
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
 def _row(dialogue: Growing, as_system: bool) -> dict[str, Any]:
     """A finished dialogue as a row of training data; without messages if it has no answer."""
     instruction = dialogue.instruction
@@ -354,16 +346,11 @@ def _row(dialogue: Growing, as_system: bool) -> dict[str, Any]:
     }
 
 
-def _seed(*key: int) -> int:
-    """A seed of 32 bits, another one for each key of four numbers."""
-    return int(np.random.SeedSequence([number & 0xFFFFFFFF for number in key]).generate_state(1)[0])
-
-
 def recipe_of(prepared: Prepared) -> dict[str, Any]:
     """What decides the dialogues."""
     return without(prepared.config, FREE_TO_CHANGE) | {
         "checkpoint": str(prepared.checkpoint.resolve()),
-        "questions": hashlib.sha256(json.dumps(prepared.questions).encode()).hexdigest(),
+        "questions": digest_of(prepared.questions),
         "kinds": json.loads(kinds_as_json(prepared.kinds)),
         "samples": prepared.samples,
     }
