@@ -81,7 +81,10 @@ def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str, s
 def learned(folder: Path) -> list[dict]:
     """A run's metrics without the times, in order."""
     clocks = {"train/tokens_per_s", "train/data_wait", "train/mfu"}
-    return [{name: value for name, value in record.items() if name not in clocks} for record in read_metrics(folder)]
+    return [
+        {name: value for name, value in record.items() if name not in clocks and not name.startswith(("time/", "speed/"))}
+        for record in read_metrics(folder)
+    ]
 
 
 def newest(folder: Path) -> dict:
