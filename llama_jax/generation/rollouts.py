@@ -213,7 +213,7 @@ def _put(state: Decoding, new: Decoding, place_F: jax.Array) -> Decoding:
     Args:
       state: B rows.
       new: F rows, on the same devices.
-      place_F: int32, the row that each takes among those of its device; -1: none.
+      place_F: int32, the row that each takes among those of its device; behind these -1: none.
     """
     kv, row = partition_spec(KV_AXES), partition_spec(("batch",))
     specs = Decoding(Cache(kv, kv, row), row, row, row)
@@ -228,14 +228,9 @@ def _put_rows(state: Decoding, new: Decoding, place_F: jax.Array) -> Decoding:
 
         def put(f: jax.Array, old_LBKSH: jax.Array) -> jax.Array:
             row_L1KSH = jax.lax.dynamic_slice_in_dim(new_LFKSH, f, 1, axis=1)[:, :, :, :S]
-            there = (0, jnp.maximum(place_F[f], 0), 0, 0, 0)
-            kept_L1KSH = jax.lax.dynamic_slice(old_LBKSH, there, row_L1KSH.shape)
-            row_L1KSH = jnp.where(place_F[f] < 0, kept_L1KSH, row_L1KSH)
-            return jax.lax.dynamic_update_slice(old_LBKSH, row_L1KSH, there)
+            return jax.lax.dynamic_update_slice(old_LBKSH, row_L1KSH, (0, place_F[f], 0, 0, 0))
 
-        # Up to the last row that takes a place: one number more that is not known beforehand, as in `cache.write`.
-        count = jnp.max(jnp.where(place_F >= 0, jnp.arange(1, len(place_F) + 1), 0))
-        return jax.lax.fori_loop(0, count, put, old_LBKSH)
+        return jax.lax.fori_loop(0, jnp.sum(place_F >= 0), put, old_LBKSH)
 
     takes_FB = place_F[:, None] == jnp.arange(len(state.token_B))
     taken_B, source_B = takes_FB.any(0), takes_FB.argmax(0)

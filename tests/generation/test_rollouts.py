@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.config import Compute
+from llama_jax.config import Compute, LlamaConfig
 from llama_jax.errors import UserError
 from llama_jax.generation import rollouts as rollouts_module
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.rollouts import make_gather, sample_rollouts
+from llama_jax.generation.rollouts import _idle, _put, make_gather, sample_rollouts
 from llama_jax.generation.sampler import NO_TOKEN, decode
 from llama_jax.training.experience import make_answers
 from llama_jax.training.ppo_loss import policy_log_probs
@@ -189,3 +189,14 @@ def test_bad_prompts_are_refused_and_none_is_none(llama):
         with pytest.raises(UserError, match="outside the vocabulary, 0 to 303"):
             sample_rollouts(llama, [ids], seeds=[0], max_new_tokens=2)
     assert sample_rollouts(llama, [], seeds=[], max_new_tokens=2) == []
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+def test_a_refill_holds_one_cache_only(apart: bool):
+    """The rows go into the cache in place: nothing of its size is among the temporaries."""
+    config = LlamaConfig(8, 4, 2, 2, 8, vocab_size=16, head_dim=32, context_length=1024)
+    state = _idle(config, 8, 1024, jnp.dtype("float32"), apart)
+    size = sum(buffer.nbytes for buffer in jax.tree.leaves(state.cache[:2]))
+    new = _idle(config, 2, 64, jnp.dtype("float32"), apart)
+    memory = _put.lower(state, new, jnp.zeros(2, jnp.int32)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < size / 100
