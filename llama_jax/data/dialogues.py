@@ -296,10 +296,13 @@ def _first(row: dict, *names: str) -> str | None:
     return next((name for name in names if name in row), None)
 
 
-def _read_prompt(row: dict) -> list[Message]:
+def _read_question(row: dict) -> list[Message]:
     system = [Message("system", row["system"])] if row.get("system") else []
-    answer = _first(row, "response", "completion")
-    return [*system, Message("user", row["prompt"]), Message("assistant", row[answer])]
+    return [*system, Message("user", row["prompt"])]
+
+
+def _read_prompt(row: dict) -> list[Message]:
+    return [*_read_question(row), Message("assistant", row[_first(row, "response", "completion")])]
 
 
 def _read_instruction(row: dict) -> list[Message]:
@@ -355,5 +358,11 @@ SHAPES = (
         "`chosen` (or `text`), turns that begin with Human: and Assistant: after an empty line",
         lambda row: _transcript(row) is not None,
         read_transcript,
+    ),
+    Shape(
+        "question",
+        "`prompt` alone and, if any, `system`, where a model is to answer",
+        lambda row: "prompt" in row and _first(row, "response", "completion") is None,
+        _read_question,
     ),
 )

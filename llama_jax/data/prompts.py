@@ -23,7 +23,7 @@ class PromptsConfig:
 
     sources: tuple[str, ...] = ()
     """Dialogues, of each its last question with all before it: a .jsonl file, jsonl:GLOB, hf:NAME[:SPLIT] or tfds:NAME[:SPLIT]."""
-    shape: Literal["auto", "messages", "instruction", "prompt", "transcript"] = "auto"
+    shape: Literal["auto", "messages", "instruction", "prompt", "transcript", "question"] = "auto"
     """How rows hold dialogues; auto: what fits most of a source's first rows."""
     category: str = "category"
     """The rows' field that says which prompts are adversarial: a risk category, or true; other rows have none, "" or false."""

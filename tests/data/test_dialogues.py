@@ -21,6 +21,7 @@ from llama_jax.data.dialogues import (
     shape_named,
 )
 from llama_jax.data.examples import DialogueConfig
+from llama_jax.data.prompts import PromptsConfig
 from llama_jax.errors import UserError
 from llama_jax.text.chat import Llama2Chat, Message
 
@@ -290,4 +291,7 @@ def test_real_transcripts(shared, tmp_path, monkeypatch):
 
 
 def test_the_flag_names_every_shape():
-    assert get_args(get_type_hints(DialogueConfig)["shape"]) == ("auto", *(shape.name for shape in SHAPES))
+    """A question without an answer is a prompt, and nothing to train on."""
+    names = ("auto", *(shape.name for shape in SHAPES))
+    assert get_args(get_type_hints(PromptsConfig)["shape"]) == names
+    assert get_args(get_type_hints(DialogueConfig)["shape"]) == names[:-1] and names[-1] == "question"

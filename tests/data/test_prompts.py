@@ -36,6 +36,15 @@ def test_what_stands_before_the_last_question_stays_and_its_answer_goes(write, t
     assert note.endswith("messages: all 1 rows are good")
 
 
+def test_a_row_may_be_a_question_alone(write):
+    prompts, note = read(write({"prompt": "one"}, {"prompt": "two", "system": "be brief", "category": "advice"}))
+    assert prompts == {
+        (Message("user", "one"),): "",
+        (Message("system", "be brief"), Message("user", "two")): "advice",
+    }
+    assert "question: all 2 rows are good" in note
+
+
 def test_every_shape_has_prompts(write):
     rows = {
         "preferences": {"messages": messages([("user", "why")]), "chosen": "so", "rejected": "no", "strength": 3},
