@@ -326,10 +326,13 @@ def select(folder: Path) -> None:
         )
     risen = [row["score"] - row["original_score"] for row in kept if row["original_score"] is not None]
     cut = sum(row["ended"] == "too long" for row in kept)
+    asked, safer = (Counter(row["category"] for row in those) for those in (rows, kept))
     say(
         f"{len(kept)} of {len(rows)} prompts ({len(kept) / len(rows):.1%}) have an answer that scores above the original"
         + (f", by {np.mean(risen):.4g} in the mean" if risen else "")
         + (f"; {cut} of these were cut by --max-new-tokens" if cut else "")
+        + "; by risk category: "
+        + ", ".join(f"{risk} {safer[risk]}/{count}" for risk, count in asked.items())
     )
     write_whole(folder / DIALOGUES, "".join(map(as_line, kept)).encode())
 

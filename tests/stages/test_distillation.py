@@ -303,6 +303,7 @@ def test_an_original_that_cannot_be_judged_is_worse_than_any_answer_that_can(spe
         "6 of 7 prompts (85.7%) have an answer that scores above the original, by 2 in the mean; 6 of these were cut"
         in err
     )
+    assert err.partition("; by risk category: ")[2].splitlines()[0] == "hateful 2/3, illicit 2/2, new 2/2"
 
 
 def test_prompts_that_leave_no_room_with_their_preprompts_are_left_out(speak, recipe, tmp_path, capsys):
