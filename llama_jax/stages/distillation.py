@@ -11,6 +11,7 @@ an original that is empty or cannot be judged is worse than any that can.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from llama_jax.generation.replies import reply_to, seed_of
 from llama_jax.generation.rewards import make_score
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.chat import Dialogue, Llama2Chat, Plain, Template, encode_prompt
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.metrics import say
 from llama_jax.training.run_folder import digest_of, find_recipe, make_folder, without, write_recipe, write_whole
 
@@ -167,23 +169,32 @@ def prepare(config: DistillationConfig, has_score: bool = False) -> Prepared:
         )
     if len(adversarial) < len(found):
         say(f"{len(found) - len(adversarial)} of {len(found)} prompts are not adversarial and are left out")
+    if "tailored" in config.kinds and (others := sorted({risk for _, risk in adversarial} - {*preprompts})):
+        say(f"no tailored preprompt for the risk category {', '.join(others)}: generic ones stand in")
     whole = Prepared(config, checkpoint, reward, adversarial, preprompts, template)
-    room = model.context_length - config.max_new_tokens
+    return dataclasses.replace(whole, prompts=_with_room(whole, tokenizer, model.context_length))
+
+
+def _with_room(prepared: Prepared, tokenizer: Tokenizer, context: int) -> list[tuple[Dialogue, str]]:
+    """The prompts that leave room for an answer however they are asked. Raises UserError if none does."""
+    longest = context - prepared.config.max_new_tokens
     short = [
         (prompt, risk)
-        for prompt, risk in adversarial
-        if all(len(encode_prompt(tokenizer, asked, template)) <= room for asked, *_ in variants(whole, prompt, risk))
+        for prompt, risk in prepared.prompts
+        if all(
+            len(encode_prompt(tokenizer, asked, prepared.template)) <= longest
+            for asked, *_ in variants(prepared, prompt, risk)
+        )
     ]
+    count = len(prepared.prompts)
     if not short:
         raise UserError(
-            f"none of {len(adversarial)} prompts leaves room, with a preprompt, for --max-new-tokens "
-            f"{config.max_new_tokens} in the model's context of {model.context_length} tokens; lower it"
+            f"none of {count} prompts leaves room, with a preprompt, for --max-new-tokens {prepared.config.max_new_tokens} "
+            f"in the model's context of {context} tokens; lower it"
         )
-    if len(short) < len(adversarial):
-        say(
-            f"{len(adversarial) - len(short)} of {len(adversarial)} prompts leave no room for an answer and are left out"
-        )
-    return dataclasses.replace(whole, prompts=short)
+    if len(short) < count:
+        say(f"{count - len(short)} of {count} prompts leave no room for an answer and are left out")
+    return short
 
 
 def _check(config: DistillationConfig, has_score: bool) -> None:
@@ -208,6 +219,10 @@ def _check(config: DistillationConfig, has_score: bool) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more")
+    if not 0 <= config.temperature < math.inf:
+        raise UserError(f"--temperature is {config.temperature}; expected 0 (the likeliest answer) or more")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"--top-p is {config.top_p}; it is a probability, above 0 and up to 1 (all tokens)")
 
 
 def variants(prepared: Prepared, prompt: Dialogue, risk: str) -> Iterator[tuple[Dialogue, str, str]]:

@@ -205,6 +205,7 @@ def test_the_model_sees_preprompts_and_the_judge_and_the_training_do_not(speak, 
         f"llama-jax sft {config.checkpoint} --data {config.out}/dialogues.jsonl OTHERS.jsonl --data.answers last" in err
     )
     assert "adversarial: 3 hateful, 2 illicit, 2 new" in err and "3 of 10 prompts are not adversarial" in err
+    assert "no tailored preprompt for the risk category new: generic ones stand in" in err
 
 
 def test_a_prompt_gets_the_preprompts_of_its_category_and_none_twice_while_there_are_others(speak, recipe):
@@ -362,6 +363,11 @@ def test_a_dry_run_shows_what_would_be_asked_and_touches_nothing(recipe, tmp_pat
         (["{base}", "--data", "{source}", "--reward", "rm", "--samples", "0"], "--samples is 0; it must be 1 or more"),
         (["{base}", "--data", "{source}", "--reward", "rm", "--kinds", "generic", "generic"], "each once"),
         (["{base}", "--data", "{source}", "--reward", "rm", "--kinds", "nice"], "nice"),
+        (
+            ["{base}", "--data", "{source}", "--reward", "rm", "--temperature", "-1"],
+            "--temperature is -1.0; expected 0",
+        ),
+        (["{base}", "--data", "{source}", "--reward", "rm", "--top-p", "0"], "--top-p is 0.0; it is a probability"),
         (["none", "--data", "{source}", "--reward", "rm"], "none is not a checkpoint"),
     ],
 )
