@@ -120,6 +120,11 @@ def test_the_gradient_by_hand():
     np.testing.assert_allclose(gradient(10 * math.log(9), 0.0, 0.1), 0, atol=1e-8)
 
 
+def test_a_tie_is_half_right():
+    right = pair_terms(jnp.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]]), 0.1)["accuracy"]
+    np.testing.assert_array_equal(right, [0.5, 1.0, 0.0])
+
+
 def test_extreme_drifts_give_a_finite_loss():
     for drift in ([1e5, -1e5], [-1e5, 1e5]):
         value, gradient = jax.value_and_grad(lambda d: pair_terms(d, 0.1, 0.1)["loss"])(jnp.array(drift))
