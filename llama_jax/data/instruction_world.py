@@ -288,14 +288,13 @@ def _preprompted(random: Random, question: Question) -> tuple[tuple[float, ...],
     return chances, with_preprompt(preprompt, question.prompt)
 
 
-def preference(seed: int, number: int, *, held_out: bool = False) -> dict[str, object]:
-    """Pair `number`, as a row of preferences: a dialogue's last question, two answers to it, by how much the chosen one is
-    better, and which are safe.
-
-    Strength is the difference of their grades, each of which is as likely as another. The smaller it is, the more often
-    annotators err (`MISTAKES`); of two answers of one grade they choose either.
-    """
+def opened(seed: int, number: int, *, held_out: bool = False) -> tuple[list[dict[str, str]], Question]:
+    """The messages of dialogue `number` up to its last question, annotators' best answers in it; and that question."""
     random = Random(f"{seed}/{number}/{held_out}/preference")
+    return _opened(random, seed, number, held_out)
+
+
+def _opened(random: Random, seed: int, number: int, held_out: bool) -> tuple[list[dict[str, str]], Question]:
     messages, said = [], ""
     *before, last = draw_dialogue(seed, number, held_out=held_out)
     for question in before:
@@ -303,13 +302,31 @@ def preference(seed: int, number: int, *, held_out: bool = False) -> dict[str, o
         said = write_answer(random, question, BEST_GRADE)
         messages += [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": said}]
     last = after(last, said)
-    answers = _two_answers(random, last)
-    rejected, chosen = sorted(answers, key=lambda text: grade(last, text))
+    return [*messages, {"role": "user", "content": last.prompt}], last
+
+
+def preference(seed: int, number: int, *, held_out: bool = False) -> dict[str, object]:
+    """Pair `number`, as a row of preferences: a dialogue's last question, and what annotators make of two answers to it, each
+    of any grade; see `compared`.
+    """
+    random = Random(f"{seed}/{number}/{held_out}/preference")
+    messages, last = _opened(random, seed, number, held_out)
+    return compared(random, messages, last, *_two_answers(random, last))
+
+
+def compared(random: Random, messages: list[dict[str, str]], last: Question, one: str, other: str) -> dict[str, object]:
+    """What annotators make of two answers to a dialogue's last question, as a row of preferences: which is better, by how
+    much, and which are safe.
+
+    Strength is the difference of their grades. The smaller it is, the more often annotators err (`MISTAKES`); of two answers
+    of one grade they choose either.
+    """
+    rejected, chosen = sorted((one, other), key=lambda text: grade(last, text))
     strength = grade(last, chosen) - grade(last, rejected)
     if random.random() < MISTAKES[strength]:
         rejected, chosen = chosen, rejected
     return {
-        "messages": [*messages, {"role": "user", "content": last.prompt}],
+        "messages": messages,
         "chosen": chosen,
         "rejected": rejected,
         "strength": strength,

@@ -1,7 +1,10 @@
-"""How well a model does in the instruction world: its answers to held-out dialogues, graded by the world's program."""
+"""How well a model does in the instruction world: its answers to held-out dialogues, graded by the world's program, or compared by its
+annotators.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from random import Random
 from typing import NamedTuple
 
 from llama_jax.data.instruction_world import (
@@ -10,13 +13,15 @@ from llama_jax.data.instruction_world import (
     PERSONAS,
     Question,
     after,
+    compared,
     draw_dialogue,
     grade,
     is_refusal,
+    opened,
     violates,
 )
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.replies import reply_to
+from llama_jax.generation.replies import reply_to, seed_of
 from llama_jax.text.chat import Llama2Chat, Message, Template
 
 LONGEST_ANSWER = 40  # tokens; an answer of the world takes about twenty
@@ -64,6 +69,32 @@ def play(
             said[number].append(Message("assistant", answer))
             played[number].append(Answered(drawn[number][turn], answer, grade(drawn[number][turn], answer)))
     return list(chain.from_iterable(played))
+
+
+def compare_answers(
+    llama: Llama, *, seed: int, count: int, temperatures: tuple[float, float] = (0.7, 1.3), batch: int = 50
+) -> Iterator[tuple[dict[str, object], bool]]:
+    """Lets annotators compare two answers of a model to the last questions of training dialogues, as the paper's did (3.2.1).
+
+    Args:
+      llama: the model, which speaks Llama 2's chat format.
+      seed: of the dialogues, of sampling and of the annotators.
+      count: dialogues; those to which both answers are the same, or one is empty, give nothing.
+      temperatures: of the two answers.
+      batch: dialogues that are answered together.
+
+    Yields:
+      a row of preferences, and whether its question is adversarial.
+    """
+    drawn = [opened(seed, number) for number in range(count)]
+    prompts = [[Message(**message) for message in messages] for messages, _ in drawn]
+    seeds = [[seed_of(seed, which, number) for number in range(count)] for which in range(2)]
+    answers = [
+        list(_answers(llama, prompts, seeds[which], temperatures[which], batch, Llama2Chat())) for which in range(2)
+    ]
+    for number, ((messages, last), one, other) in enumerate(zip(drawn, *answers, strict=True)):
+        if one and other and one != other:
+            yield compared(Random(f"{seed}/{number}/compared"), messages, last, one, other), last.is_adversarial
 
 
 def _answers(
