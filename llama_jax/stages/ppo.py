@@ -272,7 +272,7 @@ def prepare(config: PPOConfig, mesh: Mesh, has_score: bool) -> Run:
     Raises:
       UserError: they do not fit each other, the recipe or the devices.
     """
-    _check(config, has_score)
+    check(config, has_score)
     checkpoint, model, tokenizer = open_pinned(config.checkpoint)
     template: Template = Plain() if config.plain else Llama2Chat()
     judges = [
@@ -297,7 +297,7 @@ def prepare(config: PPOConfig, mesh: Mesh, has_score: bool) -> Run:
     return Run(config, actors, tokenizer, template, prompts, held_out, length, mesh, *optimizers)
 
 
-def _check(config: PPOConfig, has_score: bool) -> None:
+def check(config: PPOConfig, has_score: bool) -> None:
     """Raises UserError for settings that cannot be."""
     if not config.checkpoint:
         raise UserError("name the model to begin with: llama-jax ppo CHECKPOINT --data FILE.jsonl --helpfulness RUN")

@@ -136,7 +136,7 @@ def prepare(config: RejectionConfig, has_score: bool = False) -> Prepared:
     Raises:
       UserError: they do not fit each other or the settings.
     """
-    _check(config, has_score)
+    check(config, has_score)
     checkpoint, model, tokenizer = open_pinned(config.checkpoint)
     template: Template = Plain() if config.plain else Llama2Chat()
     reward = None if has_score else find_judge(config.reward, template)
@@ -156,7 +156,7 @@ def prepare(config: RejectionConfig, has_score: bool = False) -> Prepared:
     return Prepared(config, checkpoint, reward, prompts, len(short), earlier, template)
 
 
-def _check(config: RejectionConfig, has_score: bool) -> None:
+def check(config: RejectionConfig, has_score: bool) -> None:
     """Raises UserError for settings that cannot be."""
     if not config.checkpoint:
         raise UserError(

@@ -242,6 +242,15 @@ def _check(config: RLHFConfig, has_annotate: bool) -> None:
                     f"--{stage}.{name.replace('_', '-')} is given by each version to its stages; leave it out (what it can "
                     "be told stands without a stage's name in llama-jax rlhf --help)"
                 )
+    last = plan(config, config.versions)
+    try:  # now, and not after days
+        rejection.check(last.rejection, has_score=True)
+        if last.ppo is not None:
+            ppo.check(last.ppo, has_score=False)
+    except UserError as error:
+        raise UserError(
+            f"{error}\n(a setting of a stage: give it with --rejection. or --ppo. before its name)"
+        ) from error
 
 
 def plan(config: RLHFConfig, number: int) -> Version:

@@ -454,7 +454,8 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(config, base, sources, ca
     ]
     assert cli.main(["rlhf", str(base), *words]) == 0
     out = capsys.readouterr().out
-    assert "16, 8 of them adversarial; 8 held out\n" in out
+    adversarial = sum(bool(prompt.category) for prompt in rlhf.prepare(config).prompts)
+    assert adversarial and f"16, {adversarial} of them adversarial; 8 held out\n" in out
     assert f"--- version 5, in {config.out}/v5\nhelpfulness  from {config.out}/v4/sft, on {sources['h1']}, " in out
     assert f"reject       10 answers to each prompt from {config.out}/v3/sft, beside those of versions 1 to 3\n" in out
     assert out.endswith(f"ppo          from {config.out}/v5/sft, 400 iterations\n") and not Path(config.out).exists()
@@ -490,6 +491,14 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(config, base, sources, ca
         (
             ["{base}", "--data", "{prompts}", "--preferences", "{h1}", "--rejection.pool", "x"],
             "--rejection.pool is given",
+        ),
+        (
+            ["{base}", "--data", "{prompts}", "--preferences", "{h1}", "--ppo.mini-batch", "5"],
+            "does not divide --batch 512",
+        ),
+        (
+            ["{base}", "--data", "{prompts}", "--preferences", "{h1}", "--rejection.samples", "0"],
+            "--samples is 0; it must be 1 or more\n(a setting of a stage: give it with --rejection.",
         ),
         (["none", "--data", "{prompts}", "--preferences", "{h1}"], "none is not a checkpoint"),
         (
