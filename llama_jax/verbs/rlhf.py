@@ -98,8 +98,12 @@ Examples:
 
 
 def ppo(argv: Sequence[str]) -> None:
-    """Takes a checkpoint or a recipe, lets the flags override its fields, and runs the stage."""
+    """Takes a checkpoint or a recipe, lets the flags override its fields, runs the stage, and writes its report."""
+    import jax
+
+    from llama_jax.evaluation.ppo import write_ppo_report
     from llama_jax.stages.ppo import PPOConfig, run
+    from llama_jax.training.metrics import say
 
     text = """Train a chat model by PPO (paper 3.2.3), against reward models or a Python function.
 
@@ -121,7 +125,10 @@ Examples:
         )
     is_recipe = argv[0].endswith(".py") or argv[0] in [path.stem for path in list_recipes()]
     config = load_recipe(argv[0], PPOConfig) if is_recipe else PPOConfig(checkpoint=argv[0])
-    run(config_with_flags(config, f"ppo {argv[0]}", text, with_sources(argv[1:])))
+    config = config_with_flags(config, f"ppo {argv[0]}", text, with_sources(argv[1:]))
+    run(config)
+    if not config.dry_run and jax.process_index() == 0:
+        say(f"report: {write_ppo_report(config.out)}")
 
 
 def distill(argv: Sequence[str]) -> None:
