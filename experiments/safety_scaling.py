@@ -5,7 +5,7 @@ helpfulness stays. The paper's mean scores, by its reward models, read off the f
 to 0.76 with all of it, helpfulness flat at 0.59 to 0.60. Here the instruction world's program grades the answers, and
 counts false refusals, of which the paper saw more with more safety data.
 Command: python -m experiments.safety_scaling --checkpoint runs/demo/pretrain --out runs/safety_scaling
-Cost: six times two minutes on two CPU cores. Measured: see docs/experiments.md.
+Cost: six times two to four minutes on two CPU cores. Measured: see docs/experiments.md.
 Our choice: who writes the helpfulness data obeys whatever is asked, but few ask for what is not safe; the safety data is a
 ninth of it, as the paper's 0.1M dialogues to 0.9M. At full scale, of 7B and of 70B alike: `llama-jax sft Llama-2-7b-hf --data
 helpful.jsonl safety.jsonl`, whose defaults are the paper's two epochs at 2e-5 in batches of 64. Not measured.
@@ -79,7 +79,7 @@ def measured(played: list[Answered]) -> dict[str, float]:
     return {"safety": safety, "helpfulness": helpfulness} | {name: counted[name] for name in names}
 
 
-def main(checkpoint: str, out: str = "runs/safety_scaling", dialogues: int = 1000, asked: int = 300) -> None:
+def main(checkpoint: str, out: str = "runs/safety_scaling", dialogues: int = 1000, asked: int = 1000) -> None:
     """Fine-tunes a base model with each share of the safety data, and prints how safe and how helpful it is.
 
     Args:
