@@ -8,6 +8,7 @@ from typing import Any
 from llama_jax.data.samples import best_sample, read_samples
 from llama_jax.errors import UserError
 from llama_jax.evaluation.best_of_n import write_rejection_report
+from llama_jax.evaluation.ppo import write_ppo_report
 from llama_jax.evaluation.report import table, write_page
 from llama_jax.evaluation.rewards import write_reward_report
 from llama_jax.stages.reward import FINDINGS
@@ -72,7 +73,12 @@ def made_by(folder: Path, number: int) -> str:
     """A version's number, and in a word how it was made."""
     if not number:
         return "0: before RLHF"
-    return f"{number}: rejection sampling" + ", then PPO" * (folder / f"v{number}" / "ppo").exists()
+    ppo = folder / f"v{number}" / "ppo"
+    if not ppo.exists():
+        return f"{number}: rejection sampling"
+    if not (ppo / "report.md").exists():
+        write_ppo_report(ppo)
+    return f"{number}: rejection sampling, then [PPO](v{number}/ppo/report.md)"
 
 
 def made_of(folder: Path) -> tuple[str, str, int, str]:

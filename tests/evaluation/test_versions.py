@@ -8,6 +8,7 @@ import pytest
 
 from llama_jax.errors import UserError
 from llama_jax.evaluation.versions import plot_versions, read_versions, write_versions_report
+from tests.evaluation.test_ppo import write_run
 
 
 def judged(reward: float, wins: float | None, safety: float | None = 0.5) -> dict:
@@ -46,11 +47,15 @@ def lines_of(page: str, title: str) -> list[list[str]]:
 def test_every_version_has_a_line_by_the_newest_judges(tmp_path):
     for number in range(3):
         write_version(tmp_path, number, {"right": 0.3 + 0.1 * number, "none": None})
-    (tmp_path / "v2" / "ppo").mkdir()
+    write_run(tmp_path / "v2" / "ppo")
     page = write_versions_report(tmp_path).read_text()
     header, *rows = lines_of(page, "What the reward models think of them")
     assert header == ["version", "helpfulness", "safety", "reward", "wins", "wins over first", "tokens", "cut"]
-    assert [row[0] for row in rows] == ["0: before RLHF", "1: rejection sampling", "2: rejection sampling, then PPO"]
+    assert [row[0] for row in rows] == [
+        "0: before RLHF",
+        "1: rejection sampling",
+        "2: rejection sampling, then [PPO](v2/ppo/report.md)",
+    ]
     # Version 2 thinks 0.3, 0.4 and 0.5 of them, whatever version 1 thought.
     assert [row[1:5] for row in rows] == [
         ["0.4", "0.5", "0.3", "-"],
