@@ -5,8 +5,7 @@ fine-tunes on them. Through V3 these are the version's own samples; the paper's 
 afterwards those of all versions compete. Two reward models judge together by the paper's piecewise rule, one alone always.
 
 Our choices, where the paper is silent or ambiguous: fine-tuning begins with the same checkpoint in every version (`start`);
-reward models begin with the newest chat model; the piecewise rule judges in rejection sampling as it does in PPO; with
-whatever is ahead of its previous version counted by the newest reward models, on held-out prompts.
+reward models begin with the newest chat model; the piecewise rule judges in rejection sampling as it does in PPO.
 """
 
 import json
@@ -243,14 +242,18 @@ def _check(config: RLHFConfig, has_annotate: bool) -> None:
                     "be told stands without a stage's name in llama-jax rlhf --help)"
                 )
     last = plan(config, config.versions)
-    try:  # now, and not after days
-        rejection.check(last.rejection, has_score=True)
-        if last.ppo is not None:
-            ppo.check(last.ppo, has_score=False)
+    # Now, and not after days.
+    in_stage("rejection", lambda: rejection.check(last.rejection, has_score=True))
+    if last.ppo is not None:
+        in_stage("ppo", lambda: ppo.check(last.ppo, has_score=False))
+
+
+def in_stage(name: str, run: Callable[[], None]) -> None:
+    """Runs what is a stage's, and says of its complaints how its settings are given here."""
+    try:
+        run()
     except UserError as error:
-        raise UserError(
-            f"{error}\n(a setting of a stage: give it with --rejection. or --ppo. before its name)"
-        ) from error
+        raise UserError(f"{error}\n(a setting of this stage has --{name}. before its name)") from error
 
 
 def plan(config: RLHFConfig, number: int) -> Version:
@@ -311,7 +314,7 @@ def make_version(prepared: Prepared, number: int, annotate: Annotate | None, eva
         # A stage that was stopped goes on by itself; one that was finished would be opened in vain.
         if not (folder / f"{name}.done").exists():
             say(f"--- version {number} of {config.versions}: {what} ({folder / name})")
-            stage()
+            in_stage({"helpfulness": "reward", "safety": "reward", "reject": "rejection"}.get(name, name), stage)
             write_whole(folder / f"{name}.done", b"")
     score_version(prepared, number, version, evaluate)
 

@@ -441,6 +441,17 @@ def test_real_stages_fit_each_other_and_end_in_the_same_numbers_after_stops_in_e
     assert "| 1: rejection sampling, then PPO | " in page and "](v1/reject/report.md)" in page
 
 
+def test_a_stages_complaint_says_how_its_settings_are_given(config, base, monkeypatch):
+    Stages(base, monkeypatch)
+
+    def refuse(config) -> None:
+        raise UserError("--pairs 512 is too much; try --pairs 4")
+
+    monkeypatch.setattr(rlhf.reward, "run", refuse)
+    with pytest.raises(UserError, match=r"try --pairs 4\n\(a setting of this stage has --reward. before its name\)"):
+        run(config)
+
+
 def test_a_dry_run_prints_the_plan_and_touches_nothing(config, base, sources, capsys):
     words = ["--data", sources["prompts"], "--preferences", sources["h1"], sources["h2"], "--eval-prompts", "8"]
     words += [
@@ -498,7 +509,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(config, base, sources, ca
         ),
         (
             ["{base}", "--data", "{prompts}", "--preferences", "{h1}", "--rejection.samples", "0"],
-            "--samples is 0; it must be 1 or more\n(a setting of a stage: give it with --rejection.",
+            "--samples is 0; it must be 1 or more\n(a setting of this stage has --rejection. before its name)",
         ),
         (["none", "--data", "{prompts}", "--preferences", "{h1}"], "none is not a checkpoint"),
         (
