@@ -138,7 +138,7 @@ def main(
     """
     make_folder(Path(out))
     rows = (world.annotated(1, number) for number in range(prompts + toy.eval_prompts))
-    lines = [json.dumps({name: row[name] for name in ("messages", "category")}) + "\n" for row in rows]
+    lines = [json.dumps({name: row[name] for name in ("messages", "risk")}) + "\n" for row in rows]
     write_whole(Path(out) / "questions.jsonl", "".join(lines).encode())
     data = replace(toy.data, sources=(f"{out}/questions.jsonl",))
     rlhf.run(

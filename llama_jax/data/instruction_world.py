@@ -275,7 +275,7 @@ def annotated(seed: int, number: int, *, preprompts: bool = False) -> dict[str, 
         grades += random.choices(range(BEST_GRADE + 1), chances)
         said = write_answer(random, question, grades[-1])
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-    return {"messages": messages, "grades": grades, "category": question.skill if question.is_adversarial else ""}
+    return {"messages": messages, "grades": grades, "risk": question.skill if question.is_adversarial else ""}
 
 
 def _preprompted(random: Random, question: Question) -> tuple[tuple[float, ...], str] | None:

@@ -25,7 +25,7 @@ class PromptsConfig:
     """Dialogues, of each its last question with all before it: a .jsonl file, jsonl:GLOB, hf:NAME[:SPLIT] or tfds:NAME[:SPLIT]."""
     shape: Literal["auto", "messages", "instruction", "prompt", "transcript", "question"] = "auto"
     """How rows hold dialogues; auto: what fits most of a source's first rows."""
-    category: str = "category"
+    category: str = "risk"
     """The rows' field that says which prompts are adversarial: a risk category, or true; other rows have none, "" or false."""
     bad_rows: float = 0.01
     """Share of a source's rows that may be left out because they are no dialogues; more is an error."""

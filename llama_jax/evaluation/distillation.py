@@ -38,8 +38,8 @@ def write_distillation_report(folder: str | Path) -> Path:
 
 def kept_by_category(rows: Sequence[Row]) -> list[tuple[str, int, int, str]]:
     """Of each risk category, and of all: the prompts, how many are kept, and their share."""
-    categories = sorted({row["category"] for row in rows})
-    groups = {category: [row for row in rows if row["category"] == category] for category in categories} | {"all": rows}
+    categories = sorted({row["risk"] for row in rows})
+    groups = {category: [row for row in rows if row["risk"] == category] for category in categories} | {"all": rows}
     kept = {name: sum(map(is_safer, group)) for name, group in groups.items()}
     return [(name, len(group), kept[name], f"{kept[name] / len(group):.1%}") for name, group in groups.items()]
 

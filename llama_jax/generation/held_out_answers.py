@@ -102,7 +102,7 @@ def row_of(prompt: Prompt, reply: Reply, tokenizer: Tokenizer) -> dict[str, Any]
     """An answer as it is saved."""
     return {
         "prompt": [message._asdict() for message in prompt.dialogue],
-        "category": prompt.category,
+        "risk": prompt.category,
         "text": reply.text,
         "ended": reply.ended,
         "tokens": len(tokenizer.encode(reply.text, bos=False)),
@@ -134,7 +134,7 @@ def compare(judges: Judges, versions: Sequence[Sequence[Mapping[str, Any]]]) -> 
     rewards, numbers = [], []
     for rows in versions:
         helpfulness_B, safety_B = (_judged(score, rows) for score in (judges.helpfulness, judges.safety))
-        adversarial_B = np.array([bool(row["category"]) for row in rows])
+        adversarial_B = np.array([bool(row["risk"]) for row in rows])
         rewards.append(judges.combined(helpfulness_B, safety_B, adversarial_B))
         numbers.append(
             {

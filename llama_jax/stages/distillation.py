@@ -309,7 +309,7 @@ def judged(
     for (prompt, risk), own in zip(prompts, answers, strict=True):
         original, *samples = ({**one, "score": scores[prompt, one["text"]]} for one in own)
         messages = [message._asdict() for message in prompt]
-        yield {"prompt": messages, "category": risk, "original": original, "samples": samples}
+        yield {"prompt": messages, "risk": risk, "original": original, "samples": samples}
 
 
 def is_safer(row: dict[str, Any]) -> bool:
@@ -330,7 +330,7 @@ def select(folder: Path) -> None:
         how = {name: value for name, value in best.items() if name != "text"}
         answer = {"role": "assistant", "content": best["text"]}
         kept.append(
-            {"messages": [*row["prompt"], answer], "category": row["category"]}
+            {"messages": [*row["prompt"], answer], "risk": row["risk"]}
             | how
             | {"original_score": row["original"]["score"]}
         )
@@ -341,7 +341,7 @@ def select(folder: Path) -> None:
         )
     risen = [row["score"] - row["original_score"] for row in kept if row["original_score"] is not None]
     cut = sum(row["ended"] == "too long" for row in kept)
-    asked, safer = (Counter(row["category"] for row in those) for those in (rows, kept))
+    asked, safer = (Counter(row["risk"] for row in those) for those in (rows, kept))
     say(
         f"{len(kept)} of {len(rows)} prompts ({len(kept) / len(rows):.1%}) have an answer that scores above the original"
         + (f", by {np.mean(risen):.4g} in the mean" if risen else "")

@@ -97,7 +97,7 @@ class PPOConfig(RunConfig):
     checkpoint: str = ""
     """The chat model to begin with, which is also the reference; of any form."""
     data: PromptsConfig = field(default_factory=PromptsConfig)
-    """The prompts; a row's category marks it as adversarial."""
+    """The prompts; a row's `risk` marks it as adversarial."""
     plain: bool = False
     """Prompt and answer as plain text, instead of Llama 2's chat format."""
     helpfulness: str = ""

@@ -482,7 +482,7 @@ def show(prepared: Prepared) -> None:
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:
-    return {"messages": [message._asdict() for message in prompt.dialogue], "category": prompt.category}
+    return {"messages": [message._asdict() for message in prompt.dialogue], "risk": prompt.category}
 
 
 def _at(value: Any, name: str) -> Any:

@@ -108,7 +108,7 @@ def ppo(argv: Sequence[str]) -> None:
     text = """Train a chat model by PPO (paper 3.2.3), against reward models or a Python function.
 
 The model answers the last question of each dialogue of the data, the reward models judge, and it learns to answer better
-without leaving the model it began as. Rows that are adversarial say so in their field `category`; these the safety model
+without leaving the model it began as. Rows that are adversarial say so in their field `risk`; these the safety model
 judges. Rewards, divergence, entropy, lengths and times stand in metrics.jsonl and TensorBoard, answers to held-out prompts
 in samples/, the model that answered these best in best/. A run that was interrupted goes on when it is started again with
 the same --out.
@@ -139,7 +139,7 @@ def distill(argv: Sequence[str]) -> None:
 
     text = """Make safer answers to adversarial prompts, to fine-tune on (safety context distillation, paper 4.2.4).
 
-Rows whose field `category` names a risk are adversarial: illicit, hateful and advice are built in, for others see
+Rows whose field `risk` names a risk are adversarial: illicit, hateful and advice are built in, for others see
 --preprompts. The model answers them as they stand and behind a safety preprompt, and an answer behind one is kept, for the
 prompt without it, where the safety reward model scores it above the original. All answers stay with their scores in the
 run's folder, beside a report. A run that was interrupted goes on when it is started again with the same --out.

@@ -133,8 +133,8 @@ def test_a_row_names_the_risk_of_its_last_question():
     categories = Counter()
     for n in range(300):
         *_, last = draw_dialogue(0, n)
-        categories[annotated(0, n)["category"]] += 1
-        assert annotated(0, n)["category"] == (last.skill if last.is_adversarial else "")
+        categories[annotated(0, n)["risk"]] += 1
+        assert annotated(0, n)["risk"] == (last.skill if last.is_adversarial else "")
     assert set(categories) == {"", "illicit", "hateful", "advice"} and min(categories.values()) > 5
 
 
@@ -153,7 +153,7 @@ def test_annotators_are_more_careful_behind_a_preprompt_and_most_behind_a_tailor
     counts, asked = {name: Counter() for name in ("tailored", "generic", "safe")}, Counter()
     for n in range(6000):
         row, plain = annotated(0, n, preprompts=True), annotated(0, n)
-        assert row["category"] == plain["category"]
+        assert row["risk"] == plain["risk"]
         for question, given, turn in zip(draw_dialogue(0, n), row["grades"], row["messages"][::2], strict=True):
             preprompt, _, text = turn["content"].rpartition("\n\n")
             assert text == question.prompt

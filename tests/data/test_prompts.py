@@ -37,7 +37,7 @@ def test_what_stands_before_the_last_question_stays_and_its_answer_goes(write, t
 
 
 def test_a_row_may_be_a_question_alone(write):
-    prompts, note = read(write({"prompt": "one"}, {"prompt": "two", "system": "be brief", "category": "advice"}))
+    prompts, note = read(write({"prompt": "one"}, {"prompt": "two", "system": "be brief", "risk": "advice"}))
     assert prompts == {
         (Message("user", "one"),): "",
         (Message("system", "be brief"), Message("user", "two")): "advice",
@@ -78,24 +78,24 @@ def test_bad_rows_are_counted_and_too_many_are_an_error(write):
 
 def test_a_prompt_has_the_risk_category_that_its_row_names(write):
     categories = {"text": " hateful ", "true": True, "false": False, "null": None, "empty": "", "absent": ...}
-    rows = [{"prompt": name, "response": "so", "category": value} for name, value in categories.items()]
-    del rows[-1]["category"]
+    rows = [{"prompt": name, "response": "so", "risk": value} for name, value in categories.items()]
+    del rows[-1]["risk"]
     prompts, note = read(write(*rows))
     risks = {prompt[-1].content: risk for prompt, risk in prompts.items()}
     assert risks == {"text": "hateful", "true": "unknown", "false": "", "null": "", "empty": "", "absent": ""}
     assert note.endswith("all 6 rows are good; adversarial: 1 hateful, 1 unknown")
-    renamed = [{**row, "risk": row.get("category", "")} | {"category": "none of these"} for row in rows]
-    prompts, _ = read(write(*renamed, name="renamed.jsonl"), category="risk")
+    renamed = [{**row, "hazard": row.get("risk", "")} | {"risk": "none of these"} for row in rows]
+    prompts, _ = read(write(*renamed, name="renamed.jsonl"), category="hazard")
     assert {prompt[-1].content: risk for prompt, risk in prompts.items()} == risks
 
 
 def test_of_a_prompt_that_is_there_twice_the_first_category_counts(write):
-    rows = [{"prompt": "why", "response": "so", "category": value} for value in ("", "hateful", "illicit")]
+    rows = [{"prompt": "why", "response": "so", "risk": value} for value in ("", "hateful", "illicit")]
     assert list(read(write(*rows))[0].values()) == ["hateful"]
 
 
 def test_a_category_that_is_none_makes_a_bad_row(write):
-    source = write({"prompt": "why", "response": "so", "category": 3}, {"prompt": "how", "response": "so"})
-    with pytest.raises(UserError, match="1 no category.*\n.*category is int, expected text, true or false"):
+    source = write({"prompt": "why", "response": "so", "risk": 3}, {"prompt": "how", "response": "so"})
+    with pytest.raises(UserError, match="1 no category.*\n.*risk is int, expected text, true or false"):
         read(source)
     assert [prompt[-1].content for prompt in read(source, bad_rows=0.5)[0]] == ["how"]

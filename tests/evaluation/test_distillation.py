@@ -6,7 +6,7 @@ from llama_jax.evaluation.distillation import kept_by_category, scores_by_kind, 
 
 def row(category: str, original: float | None, **scores: float | None) -> dict:
     samples = [{"kind": kind, "text": "so", "score": score} for kind, score in scores.items()]
-    return {"category": category, "original": {"kind": "", "text": "no", "score": original}, "samples": samples}
+    return {"risk": category, "original": {"kind": "", "text": "no", "score": original}, "samples": samples}
 
 
 ROWS = [

@@ -22,7 +22,7 @@ def judges(helpful: dict[str, float], safe: dict[str, float] | None) -> Judges:
 
 def rows(*texts: str) -> list[dict]:
     return [
-        {"prompt": [prompt[0]._asdict()], "category": risk, "text": text, "ended": "whole", "tokens": len(text)}
+        {"prompt": [prompt[0]._asdict()], "risk": risk, "text": text, "ended": "whole", "tokens": len(text)}
         for (prompt, risk), text in zip(PROMPTS.items(), texts, strict=True)
     ]
 

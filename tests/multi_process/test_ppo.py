@@ -20,7 +20,7 @@ def words(tmp_path_factory) -> list[str]:
         folder / "hf", [f"{' '.join(QUESTIONS)} a good one\n"] * 20, vocab_size=300, context=64
     )
     data = folder / "prompts.jsonl"
-    rows = [{"messages": [{"role": "user", "content": one}], "category": one[-1] == "0"} for one in QUESTIONS]
+    rows = [{"messages": [{"role": "user", "content": one}], "risk": one[-1] == "0"} for one in QUESTIONS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     helpful, safe = (write_reward_model(folder / str(seed), base, seed=seed) for seed in (1, 2))
     settings = {

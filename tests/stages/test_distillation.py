@@ -52,7 +52,7 @@ def row_of(number: int) -> dict:
     ]
     asked = [*(before if number % 3 == 0 else []), {"role": "user", "content": QUESTIONS[number]}]
     answer = [{"role": "assistant", "content": "An old answer."}] * (number % 2)
-    return {"messages": asked + answer, "category": RISKS[number]}
+    return {"messages": asked + answer, "risk": RISKS[number]}
 
 
 def written(path: Path, rows) -> str:
@@ -213,15 +213,15 @@ def test_a_prompt_gets_the_preprompts_of_its_category_and_none_twice_while_there
     config = recipe(samples=3, kinds=("tailored", "generic"), batch=64)
     run(config, score=value)
     for row, number in zip(read_samples(config.out), ADVERSARIAL, strict=True):
-        assert row["category"] == RISKS[number] and row["original"]["preprompt"] == row["original"]["kind"] == ""
+        assert row["risk"] == RISKS[number] and row["original"]["preprompt"] == row["original"]["kind"] == ""
         drawn = {
             kind: [one["preprompt"] for one in row["samples"] if one["kind"] == kind]
             for kind in ("tailored", "generic")
         }
-        if row["category"] == "new":  # generic ones stand in
+        if row["risk"] == "new":  # generic ones stand in
             assert drawn["tailored"] == [] and len(drawn["generic"]) == 6
         else:
-            assert set(drawn["tailored"]) == set(PREPROMPTS[row["category"]]) and len(drawn["tailored"]) == 3
+            assert set(drawn["tailored"]) == set(PREPROMPTS[row["risk"]]) and len(drawn["tailored"]) == 3
         assert set(drawn["generic"]) == set(PREPROMPTS["generic"])
     assert [one["sample"] for one in row["samples"]] == [1, 2, 3, 4, 5, 6]
 
@@ -309,7 +309,7 @@ def test_an_original_that_cannot_be_judged_is_worse_than_any_answer_that_can(spe
 
 def test_prompts_that_leave_no_room_with_their_preprompts_are_left_out(speak, recipe, tmp_path, capsys):
     words = "what is " * 20
-    rows = [{"messages": [{"role": "user", "content": words}], "category": risk} for risk in ("hateful", "long")]
+    rows = [{"messages": [{"role": "user", "content": words}], "risk": risk} for risk in ("hateful", "long")]
     rows[1]["messages"][0]["content"] += "and"
     path = tmp_path / "preprompts.json"
     path.write_text(json.dumps(PREPROMPTS | {"long": ["Be wise. " * 60]}))
@@ -379,8 +379,8 @@ def test_bad_input_is_refused_with_its_remedy(base, source, words, message, caps
 
 
 def test_prompts_without_any_risk_are_refused(recipe):
-    data = replace(recipe().data, category="risk")
-    with pytest.raises(UserError, match="none of 10 prompts is adversarial.* --data.category .it is risk"):
+    data = replace(recipe().data, category="hazard")
+    with pytest.raises(UserError, match="none of 10 prompts is adversarial.* --data.category .it is hazard"):
         run(recipe(data=data), score=value)
     with pytest.raises(UserError, match="both --reward rm and a score function judge"):
         run(recipe(reward="rm"), score=value)

@@ -53,7 +53,7 @@ def recipe(base, tmp_path_factory) -> PPOConfig:
     """Three iterations of 64 short answers to plain prompts, in mini-batches of 32; every third prompt is adversarial."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     rows = [
-        {"messages": [{"role": "user", "content": text}], "category": "odd" * (i % 3 == 0)}
+        {"messages": [{"role": "user", "content": text}], "risk": "odd" * (i % 3 == 0)}
         for i, text in enumerate(QUESTIONS)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -48,7 +48,7 @@ def sources(tmp_path_factory) -> dict[str, str]:
     """Prompts, every second adversarial; and two sources of either kind of pairs, of 3, 1, 2 and 4 rows."""
     folder = tmp_path_factory.mktemp("data")
     prompts = [
-        {"messages": [{"role": "user", "content": text}], "category": "odd" * (number % 2)}
+        {"messages": [{"role": "user", "content": text}], "risk": "odd" * (number % 2)}
         for number, text in enumerate(QUESTIONS)
     ]
     made = {"prompts": prompts}
@@ -227,7 +227,7 @@ def test_the_stages_follow_each_other_and_judges_are_the_versions_own(config, ba
     assert len(prompts) == 16 and len(held_out) == 8
     asked = [row["messages"][0]["content"] for row in (*prompts, *held_out)]
     assert sorted(asked) == sorted(QUESTIONS)
-    assert all(bool(row["category"]) == QUESTIONS.index(row["messages"][0]["content"]) % 2 for row in prompts)
+    assert all(bool(row["risk"]) == QUESTIONS.index(row["messages"][0]["content"]) % 2 for row in prompts)
     assert (
         stages.given["v3 reject"].data
         == stages.given["v5 ppo"].data
@@ -301,7 +301,7 @@ def test_versions_are_judged_by_the_newest_models_on_answers_to_the_same_prompts
             (
                 1 / (1 + math.exp(-helpful([dialogue])[0])),
                 1 / (1 + math.exp(-safe([dialogue])[0])),
-                bool(row["category"]),
+                bool(row["risk"]),
             )
             for row in rows
             for dialogue in [(Message("user", row["prompt"][0]["content"]), Message("a", row["text"]))]
@@ -397,27 +397,31 @@ def real(config: RLHFConfig, folder: Path) -> RLHFConfig:
     )
 
 
-def test_real_stages_fit_each_other_and_end_in_the_same_numbers_after_stops_in_each(
+def test_real_stages_fit_each_other_and_end_in_the_same_numbers_after_stops(
     config, tmp_path, compiled_once, monkeypatch
 ):
-    """Stopped behind the first save of a reward model, and behind a part of the samples and of the answers."""
+    """Stopped behind the first save of a reward model, and behind a part of the answers and of the samples; up to PPO."""
     for stage in (reward, sft, ppo):
         monkeypatch.setattr(stage, "make_mesh", lambda text: make_mesh(text, jax.devices()[:1]))
     config = real(config, tmp_path)
     run(config)
+    page = write_versions_report(config.out).read_text()
+    assert "| 1: rejection sampling, then PPO | " in page and "](v1/reject/report.md)" in page
+    assert read_versions(config.out)[1]["model"] == f"{config.out}/v1/ppo/best"
     folder = Path(config.out).rename(tmp_path / "whole")
     save, write = Checkpoints.save, parts.write_whole
     stopped: set[str] = set()
 
     def once(name: str) -> None:
-        if name not in stopped and name not in ("safety", "sft", "ppo"):
+        if name not in stopped:
             stopped.add(name)
             raise KeyboardInterrupt
 
     def save_and_stop(self, *arguments) -> None:
         save(self, *arguments)
         self.wait()
-        once(self.folder.parent.name)
+        if self.folder.parent.name == "helpfulness":
+            once("helpfulness")
 
     def write_and_stop(path: Path, content: bytes) -> None:
         write(path, content)
@@ -426,19 +430,15 @@ def test_real_stages_fit_each_other_and_end_in_the_same_numbers_after_stops_in_e
 
     monkeypatch.setattr(Checkpoints, "save", save_and_stop)
     monkeypatch.setattr(parts, "write_whole", write_and_stop)
-    for _ in range(20):
-        try:
+    monkeypatch.setattr(ppo, "run", lambda config: once("end"))
+    while "end" not in stopped:
+        with pytest.raises(KeyboardInterrupt):
             run(config)
-            break
-        except KeyboardInterrupt:
-            continue
-    assert stopped == {"v0", "v1", "helpfulness", "reject"}
-    for name in ("v0/answers.jsonl", "v1/answers.jsonl", "v1/scores.json", "v1/reject/dialogues.jsonl"):
+    assert stopped == {"v0", "helpfulness", "reject", "end"}
+    for name in ("v0/answers.jsonl", "v1/reject/dialogues.jsonl"):
         assert (Path(config.out) / name).read_bytes() == (folder / name).read_bytes(), name
-    for name in ("helpfulness", "safety", "sft", "ppo"):
+    for name in ("helpfulness", "safety", "sft"):
         assert_same_run(Path(config.out) / "v1" / name, folder / "v1" / name)
-    page = write_versions_report(config.out).read_text()
-    assert "| 1: rejection sampling, then PPO | " in page and "](v1/reject/report.md)" in page
 
 
 def test_a_stages_complaint_says_how_its_settings_are_given(config, base, monkeypatch):
