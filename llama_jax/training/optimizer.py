@@ -54,8 +54,11 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def warmed_up(config: OptimizerConfig, total_steps: int) -> OptimizerConfig:
-    """The optimizer with the warm-up of the paper's reward models, 3% of the steps and at least 5, where none is given."""
-    return replace(config, warmup_steps=config.warmup_steps or max(5, math.ceil(0.03 * total_steps)))
+    """The optimizer with the warm-up of the paper's reward models, 3% of the steps and at least 5, where none is given; fewer
+    where a run has no more than these.
+    """
+    steps = min(max(5, math.ceil(0.03 * total_steps)), max(total_steps - 1, 0))
+    return replace(config, warmup_steps=config.warmup_steps or steps)
 
 
 def make_optimizer(
