@@ -42,9 +42,27 @@ def score_answers(score: Score, answers: Sequence[tuple[Dialogue, str]]) -> list
     return [value if value > -math.inf else None for value in values]  # JSON has no -inf
 
 
+def finite_scores(score: Score, prompts: Sequence[Dialogue], texts: Sequence[str]) -> np.ndarray:
+    """What a function makes of an answer to each prompt, just as it gave it: float32 (B,).
+
+    Raises:
+      UserError: the function failed, or did not return a finite number for each answer.
+    """
+    dialogues = [(*prompt, Message("assistant", text)) for prompt, text in zip(prompts, texts, strict=True)]
+    try:
+        scores = score(dialogues)
+    except Exception as error:  # of code that is not ours: whatever it raises
+        raise UserError(f"the score function failed: {type(error).__name__}: {error}") from error
+    values = np.array(_checked(scores, len(texts)))
+    if -math.inf in values:
+        number = values.tolist().index(-math.inf)
+        raise UserError(f"the score of the answer {texts[number][:200]!r} is -inf; expected a finite number")
+    return values.astype(np.float32)
+
+
 def _checked(scores: Sequence[float], count: int) -> list[float]:
     """Raises UserError unless these are so many numbers, none above all others and none unknown."""
-    values = np.asarray(jax.device_get(scores))
+    values = np.array(jax.device_get(scores))
     if values.shape != (count,) or values.dtype.kind not in "fiub":
         raise UserError(
             f"the score function gave {values.dtype} of shape {values.shape} for {count} dialogues; expected a number for each"

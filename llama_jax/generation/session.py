@@ -21,6 +21,7 @@ import numpy as np
 from llama_jax.errors import UserError
 from llama_jax.generation.cache import Kept
 from llama_jax.text.chat import Dialogue, Message, Template, check_dialogue, encode_prompt
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.run_folder import write_whole
 
 if TYPE_CHECKING:
@@ -212,6 +213,20 @@ def spoken(pieces: Iterator[str], tags: Sequence[str]) -> Iterator[str]:
             held, begun = held[len(text) :], True
     if text := held.rstrip():
         yield text
+
+
+def spoken_text(tokenizer: Tokenizer, template: Template, ids: Sequence[int], ended: bool) -> str:
+    """What drawn tokens say, as `spoken` has it.
+
+    Args:
+      tokenizer: of the model.
+      template: of the dialogue.
+      ids: the drawn tokens; with the EOS that ended them, where `ended`.
+      ended: whether the last of them is that.
+    """
+    stream = tokenizer.stream(continues=True)
+    text = "".join(map(stream.push, ids[:-1] if ended else ids)) + stream.finish()
+    return "".join(spoken(iter([text]), template.tags))
 
 
 def _read(path: Path) -> tuple[list[Message], int]:

@@ -31,7 +31,7 @@ from llama_jax.conversion.convert import open_pinned
 from llama_jax.data.prompt_order import Prompt, batch_of, encode_fitting, hold_out
 from llama_jax.data.prompts import PromptsConfig, read_prompts
 from llama_jax.errors import Diverged, Preempted, UserError
-from llama_jax.generation.judging import Score, judged_by, spoken_text
+from llama_jax.generation.answer_scores import Score, finite_scores
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.ppo_models import (
     Actors,
@@ -46,6 +46,7 @@ from llama_jax.generation.ppo_models import (
 )
 from llama_jax.generation.rewards import load_function, trusted_judge
 from llama_jax.generation.rollouts import Rollout, make_gather, sample_rollouts
+from llama_jax.generation.session import spoken_text
 from llama_jax.model.lora import LoraConfig
 from llama_jax.parallel import distributed
 from llama_jax.parallel.mesh import (
@@ -540,10 +541,10 @@ def draw(prepared: Run, parts: Parts, trained: Trained, prompts: Sequence[Prompt
 def judge(
     prepared: Run, parts: Parts, prompts: Sequence[Prompt], drawn: Sequence[Rollout], answers: Answers
 ) -> Rewards:
-    """The rewards of the reward models, or of the function. Raises UserError as `judged_by`."""
+    """The rewards of the reward models, or of the function. Raises UserError as `finite_scores`."""
     if parts.score is not None:
         texts = [spoken_text(prepared.tokenizer, prepared.template, one.ids, one.ended) for one in drawn]
-        return of_function(judged_by(parts.score, [prompt.dialogue for prompt in prompts], texts))
+        return of_function(finite_scores(parts.score, [prompt.dialogue for prompt in prompts], texts))
     models = (parts.frozen.safety, parts.frozen.helpfulness)
     scores = [None if model is None else parts.programs.scores(model, answers) for model in models]
     return combine(*scores, np.array([bool(prompt.category) for prompt in prompts]), prepared.config.threshold)

@@ -334,7 +334,7 @@ def test_a_bad_reward_ends_the_run_and_loses_nothing(recipe, tmp_path):
         return [math.nan if len(calls) == 2 else 0.0] * len(dialogues)
 
     quiet = LoopConfig(eval_every=0, save_every=0)
-    with pytest.raises(UserError, match="returned nan for the answer .*; expected a finite number"):
+    with pytest.raises(UserError, match="the score of answer 0 of 64 is nan"):
         ppo.run(dataclasses.replace(recipe, eval_prompts=0, loop=quiet, out=str(tmp_path / "run")), score=score)
     assert newest(tmp_path / "run")["step"] == 1, "the iteration before it is saved"
 
