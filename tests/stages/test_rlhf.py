@@ -17,7 +17,7 @@ import pytest
 
 from llama_jax import cli
 from llama_jax.config import Compute
-from llama_jax.data.prompts import PromptsConfig
+from llama_jax.data.prompts import PromptsConfig, read_prompts
 from llama_jax.errors import UserError
 from llama_jax.evaluation import versions as report
 from llama_jax.evaluation.versions import read_versions, write_versions_report
@@ -26,7 +26,7 @@ from llama_jax.generation.llama import Completion
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.stages import ppo, reward, rlhf, sft
 from llama_jax.stages.rlhf import Collected, RLHFConfig, plan, run
-from llama_jax.text.chat import Message
+from llama_jax.text.chat import Llama2Chat, Message
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.checkpoint import Checkpoints
 from llama_jax.training.loop import LoopConfig
@@ -228,11 +228,11 @@ def test_the_stages_follow_each_other_and_judges_are_the_versions_own(config, ba
     asked = [row["messages"][0]["content"] for row in (*prompts, *held_out)]
     assert sorted(asked) == sorted(QUESTIONS)
     assert all(bool(row["risk"]) == QUESTIONS.index(row["messages"][0]["content"]) % 2 for row in prompts)
-    assert (
-        stages.given["v3 reject"].data
-        == stages.given["v5 ppo"].data
-        == PromptsConfig(sources=(f"{config.out}/prompts.jsonl",), bad_rows=0.0)
-    )
+    assert stages.given["v3 reject"].data == stages.given["v5 ppo"].data
+    given, _ = read_prompts(stages.given["v5 ppo"].data, Llama2Chat())
+    assert {prompt[0].content: risk for prompt, risk in given.items()} == {
+        row["messages"][0]["content"]: row["risk"] for row in prompts
+    }
 
 
 def test_a_kill_anywhere_changes_nothing(config, base, tmp_path, monkeypatch):
@@ -406,7 +406,7 @@ def test_real_stages_fit_each_other_and_end_in_the_same_numbers_after_stops(
     config = real(config, tmp_path)
     run(config)
     page = write_versions_report(config.out).read_text()
-    assert "| 1: rejection sampling, then PPO | " in page and "](v1/reject/report.md)" in page
+    assert "| 1: rejection sampling, then [PPO](v1/ppo/report.md) | " in page and "](v1/reject/report.md)" in page
     assert read_versions(config.out)[1]["model"] == f"{config.out}/v1/ppo/best"
     folder = Path(config.out).rename(tmp_path / "whole")
     save, write = Checkpoints.save, parts.write_whole
