@@ -5,9 +5,8 @@ ChatGPT, by its own reward models, goes from 39% (helpfulness) and 22% (harmless
 with PPO; GPT-4 sees 13% and 10% become 67% and 61%.
 Command: python -m experiments.rlhf_versions --checkpoint runs/demo/sft --out runs/rlhf_versions
 Cost: an hour on two CPU cores. Measured: see docs/experiments.md.
-Before each version two answers of the newest model to the same question are compared, drawn at different temperatures, as the
-paper's annotators did every week; the world's annotators choose, with their mistakes. Its program grades the versions, and no
-model ever sees these grades.
+Before each version the world's annotators choose, with their mistakes, between two answers of the newest model that were drawn
+at different temperatures, as the paper's did every week. The program grades the versions; no model ever sees these grades.
 At full scale `paper_7b` and `paper_70b` are the recipes: `llama-jax rlhf Llama-2-7b-sft --data asked.jsonl --preferences
 week1.jsonl week2.jsonl ...`, whose defaults they are, for 70B with --reward.optimizer.peak-lr 5e-6 and --ppo.beta 0.005. The
 paper ran it with 70B alone, and fine-tuned the smaller models on what 70B had answered: `llama-jax sft Llama-2-7b-sft --data
@@ -35,12 +34,9 @@ from llama_jax.stages import rlhf
 from llama_jax.stages.ppo import CONSTANT
 from llama_jax.stages.rlhf import Collected, RLHFConfig
 from llama_jax.text.chat import Llama2Chat, Message
-from llama_jax.training.loop import LoopConfig
-from llama_jax.training.optimizer import OptimizerConfig
 from llama_jax.training.run_folder import make_folder, write_whole
 
-TEMPERATURES = (0.7, 1.3)  # of the two answers that are compared
-BATCH = 50
+TEMPERATURES, BATCH = (0.7, 1.3), 50  # of the two answers that are compared
 
 paper_7b = RLHFConfig()
 paper_70b = replace(
@@ -53,13 +49,7 @@ toy = replace(
     mixes=(0.8, 0.5),  # so that few pairs of a small collection go to waste
     reward=replace(reward_toy, safety_weight=1.0),
     rejection=replace(paper_7b.rejection, samples=8, max_new_tokens=LONGEST_ANSWER),
-    sft=replace(
-        paper_7b.sft,
-        rows=4,
-        optimizer=OptimizerConfig(peak_lr=5e-4, warmup_steps=0),
-        compute=sft_toy.compute,
-        loop=LoopConfig(log_every=50, eval_every=0, save_every=200),
-    ),
+    sft=replace(sft_toy, optimizer=replace(sft_toy.optimizer, peak_lr=5e-4), out=paper_7b.sft.out),
     ppo=replace(
         paper_7b.ppo,
         iterations=30,
@@ -112,10 +102,16 @@ def annotate(version: int, llama: Llama, *, count: int) -> Collected:
         strength, random = world.grade(last, chosen) - world.grade(last, rejected), Random(f"{version}/{number}/choice")
         if random.random() < world.MISTAKES[strength]:
             rejected, chosen = chosen, rejected
-        labels = {"chosen_safe": not world.violates(last, chosen), "rejected_safe": not world.violates(last, rejected)}
-        row = {"messages": [message._asdict() for message in prompt], "chosen": chosen, "rejected": rejected}
-        kinds[last.is_adversarial].append(row | {"strength": strength} | labels)
+        safe = {"chosen_safe": not world.violates(last, chosen), "rejected_safe": not world.violates(last, rejected)}
+        row = {"messages": [message._asdict() for message in prompt], "strength": strength, **safe}
+        kinds[last.is_adversarial].append(row | {"chosen": chosen, "rejected": rejected})
     return Collected(*kinds)
+
+
+def write_rows(path: str, rows: list[dict]) -> tuple[str, ...]:
+    """Writes rows, and gives the path as sources; none if there are no rows."""
+    write_whole(Path(path), "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return (path,) if rows else ()
 
 
 def main(
@@ -123,6 +119,7 @@ def main(
     out: str = "runs/rlhf_versions",
     versions: int = 5,
     prompts: int = 500,
+    known: int = 2000,
     pairs: int = 1000,
     dialogues: int = 200,
 ) -> None:
@@ -133,16 +130,20 @@ def main(
       out: the folder.
       versions: how many.
       prompts: that rejection sampling and PPO ask, beside the held-out ones.
+      known: pairs of annotators' own answers, which there are before the first version, as the paper had public ones.
       pairs: of answers that annotators look at before each version.
       dialogues: held-out ones of the world, that its program grades.
     """
     make_folder(Path(out))
-    rows = (world.annotated(1, number) for number in range(prompts + toy.eval_prompts))
-    lines = [json.dumps({name: row[name] for name in ("messages", "risk")}) + "\n" for row in rows]
-    write_whole(Path(out) / "questions.jsonl", "".join(lines).encode())
-    data = replace(toy.data, sources=(f"{out}/questions.jsonl",))
+    written = [world.annotated(1, number) for number in range(prompts + toy.eval_prompts)]
+    questions = write_rows(f"{out}/questions.jsonl", [{n: row[n] for n in ("messages", "risk")} for row in written])
+    kinds: tuple[list[dict], list[dict]] = [], []
+    for number in range(known):
+        kinds[world.draw_dialogue(0, number)[-1].is_adversarial].append(world.preference(0, number))
+    helpful, safe = map(write_rows, (f"{out}/helpful.jsonl", f"{out}/safe.jsonl"), kinds)
+    config = replace(toy, data=replace(toy.data, sources=questions), preferences=helpful, safety_preferences=safe)
     rlhf.run(
-        replace(toy, checkpoint=checkpoint, data=data, versions=versions, out=f"{out}/rlhf"),
+        replace(config, checkpoint=checkpoint, versions=versions, out=f"{out}/rlhf"),
         annotate=partial(annotate, count=pairs),
         evaluate=lambda llama: scores(play(llama, dialogues=dialogues)),
         report=write_versions_report,

@@ -1,7 +1,9 @@
 """What annotators of the instruction world prefer among the newest model's answers, and the paper's recipes."""
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 from experiments import rlhf_versions
@@ -73,10 +75,14 @@ def test_the_experiment_hands_the_driver_what_it_says(tmp_path, monkeypatch, cap
         (tmp_path / "rlhf" / "report.md").write_text("# Versions")
 
     monkeypatch.setattr(rlhf_versions.rlhf, "run", run)
-    rlhf_versions.main("sft", str(tmp_path), versions=3, prompts=30, pairs=7)
+    rlhf_versions.main("sft", str(tmp_path), versions=3, prompts=30, known=50, pairs=7)
     config = given["config"]
     assert (config.checkpoint, config.versions, config.out) == ("sft", 3, f"{tmp_path}/rlhf")
     assert len((tmp_path / "questions.jsonl").read_text().splitlines()) == 30 + config.eval_prompts
+    files = (config.preferences[0], config.safety_preferences[0])
+    helpful, safe = ([json.loads(line) for line in Path(path).read_text().splitlines()] for path in files)
+    assert len(helpful) + len(safe) == 50 and all(one["chosen_safe"] and one["rejected_safe"] for one in helpful)
+    assert any(one["chosen_safe"] != one["rejected_safe"] for one in safe)
     assert isinstance(given["annotate"], partial) and given["annotate"].keywords == {"count": 7}
     assert capsys.readouterr().out == "# Versions\n"
 
