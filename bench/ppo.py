@@ -298,11 +298,10 @@ def measure(args: argparse.Namespace) -> dict:
     for pipe in pipes.values():
         pipe.send("stop")
     sides = {side: summary(args, taken[WARM_UP:]) for side, taken in steps.items()}
-    fastest = max((side for side in sides if side != "ours"), key=lambda side: sides[side]["samples_per_s"], default="")
     ratio = {
         side: sides["ours"]["samples_per_s"] / row["samples_per_s"] for side, row in sides.items() if side != "ours"
     }
-    return {"same_rows": said, "sides": sides, "ratio": ratio, "fastest_peer": fastest}
+    return {"same_rows": said, "sides": sides, "ratio": ratio}
 
 
 def summary(args: argparse.Namespace, steps: list) -> dict:
