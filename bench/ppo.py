@@ -299,7 +299,9 @@ def measure(args: argparse.Namespace) -> dict:
         pipe.send("stop")
     sides = {side: summary(args, taken[WARM_UP:]) for side, taken in steps.items()}
     ratio = {
-        side: sides["ours"]["samples_per_s"] / row["samples_per_s"] for side, row in sides.items() if side != "ours"
+        side: sides["ours"]["samples_per_s"] / row["samples_per_s"]
+        for side, row in sides.items()
+        if side != "ours" and "ours" in sides
     }
     return {"same_rows": said, "sides": sides, "ratio": ratio}
 
@@ -392,7 +394,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed iterations of each side")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores each side may use")
     parser.add_argument("--loss-chunk", type=int, default=64, help="tokens of a sequence whose logits we hold at once")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which to measure, ours first")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which to measure")
     parser.add_argument("--decode", choices=("1b", "7b"), help="draw answers of a model of this shape on a GPU instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
