@@ -1,10 +1,8 @@
 """The whole pipeline on a laptop: the stages a pod runs, one after the other, on data that needs no download."""
 
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -13,26 +11,31 @@ from llama_jax.conversion.load import load_model
 from llama_jax.data.instruction_world import ADVERSARIAL_GRADES, SAFE_GRADES, annotated, textbook
 from llama_jax.data.pipeline import held_out_documents
 from llama_jax.data.python_corpus import write_python_corpus
+from llama_jax.demo_rlhf import Sizes, distil, learn_from_preferences, rlhf_config
 from llama_jax.evaluation.compression import compressor_bits_per_byte
 from llama_jax.evaluation.instruction_world import Answered, play, scores
 from llama_jax.evaluation.report import plot_shares, table, training_section, write_page
+from llama_jax.evaluation.versions import read_versions
 from llama_jax.generation.llama import Llama
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.recipes import load_recipe
 from llama_jax.stages import pretrain, sft
 from llama_jax.stages.pretrain import PretrainConfig
+from llama_jax.stages.rlhf import RLHFConfig
 from llama_jax.stages.sft import SFTConfig
 from llama_jax.training.held_out import make_held_out_loss
 from llama_jax.training.metrics import format_duration, say
-from llama_jax.training.run_folder import write_whole
+from llama_jax.training.run_folder import write_rows
 
 PROMPTS = ("def main(", "The for statement is used to", "import os\n")
 CORPUS, TEXTBOOK, ANNOTATED = "corpus.jsonl", "textbook.jsonl", "annotated.jsonl"
-PAGES, DIALOGUES, QUESTIONED = 3_000, 4_000, 200
+ALIGNED = ("score", "right", "whole", "violations", "false_refusals", "borderline_refusals", "personas")
+PAGES, DIALOGUES, QUESTIONED, SIZES = 3_000, 4_000, 200, Sizes()
 
 
 def run(out: str, *, seed: int = 0, train_tokens: int = 0, dialogues: int = 0, dry_run: bool = False) -> None:
-    """Corpus, tokenizer, pretraining and fine-tuning on dialogues, each scored on what it never saw, in one report.
+    """Pretraining, fine-tuning on dialogues, reward models, distillation, rejection sampling and PPO, each scored on what it
+    never saw, in one report.
 
     Args:
       out: the folder; a demo that was interrupted goes on there.
@@ -41,7 +44,7 @@ def run(out: str, *, seed: int = 0, train_tokens: int = 0, dialogues: int = 0, d
       dialogues: to fine-tune on; 4,000 if 0.
       dry_run: print the recipe of pretraining and its memory, and touch nothing.
     """
-    folder, began = Path(out), time.monotonic()
+    folder, began, sizes = Path(out), time.monotonic(), SIZES
     pretraining = pretraining_config(folder, seed, train_tokens, dry_run)
     if dry_run:
         pretrain.run(pretraining)
@@ -54,14 +57,23 @@ def run(out: str, *, seed: int = 0, train_tokens: int = 0, dialogues: int = 0, d
     fine_tuning = fine_tuning_config(folder, seed)
     sft.run(fine_tuning)
     played = {"pretrained": ask(pretraining.out, seed), "SFT": ask(fine_tuning.out, seed)}
+    rlhf = rlhf_config(folder, fine_tuning.out, fine_tuning.mesh, seed, sizes)
+    learned = learn_from_preferences(rlhf, sizes)
+    distilled = distil(folder, fine_tuning.out, learned["safety"], fine_tuning.mesh, seed, sizes)
+    aligned = {"SFT": played["SFT"], "SFT, distilled": ask(distilled, seed)}
+    aligned |= {name: ask(learned[name], seed) for name in ("RS", "PPO")}
     page = folder / "report.md"
     write_page(
         page,
-        "From raw text to answers",
-        [*pretraining_report(pretraining, bits, page), *sft_report(fine_tuning, played, page)],
+        "From raw text to answers that people prefer",
+        [
+            *pretraining_report(pretraining, bits, page),
+            *sft_report(fine_tuning, played, page),
+            *preferences_report(rlhf, aligned, page),
+        ],
     )
     say(f"report: {page}; in all {format_duration(time.monotonic() - began)}")
-    say(f"talk with it: llama-jax chat {fine_tuning.out}")
+    say(f"talk with it: llama-jax chat {learned['PPO']}")
 
 
 def pretraining_config(folder: Path, seed: int, train_tokens: int, dry_run: bool) -> PretrainConfig:
@@ -105,12 +117,7 @@ def write_corpora(folder: Path, seed: int, dialogues: int) -> None:
         written = write_python_corpus(folder / CORPUS)
         say(f"{written.documents} documents, {written.bytes / 1e6:.1f} MB")
     write_rows(folder / TEXTBOOK, ({"text": textbook(seed, number)} for number in range(PAGES)))
-    write_rows(folder / ANNOTATED, (annotated(seed, number) for number in range(dialogues)))
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Writes JSON lines, whole."""
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_rows(folder / ANNOTATED, (annotated(seed, number, preprompts=True) for number in range(dialogues)))
 
 
 def bits_per_byte(config: PretrainConfig) -> dict[str, float]:
@@ -164,6 +171,38 @@ def sft_report(config: SFTConfig, played: dict[str, list[Answered]], page: Path)
         ),
         table(("question", *by_model, "grade"), answers[:20]),
         training_section(Path(config.out), page),
+    ]
+
+
+def preferences_report(config: RLHFConfig, played: dict[str, list[Answered]], page: Path) -> list[str]:
+    """The sections on what preferences and preprompts add: true scores by model, beside what the reward models think."""
+    by_model = {name: scores(answered) for name, answered in played.items()}
+    plot_shares(
+        {name: {one: s[one] for one in ALIGNED} for name, s in by_model.items()}, page.parent / "preferences.png"
+    )
+    judged = read_versions(config.out)[-1]["judged"]
+    answers = [
+        (first.question.prompt, *(as_cell(one.answer) for one in (first, *others)), first.grade, others[-1].grade)
+        for first, *others in zip(*(played[name] for name in ("SFT", "RS", "PPO")), strict=True)
+    ]
+    out = Path(config.out).relative_to(page.parent)
+    return [
+        "## Preferences, preprompts and PPO (paper 3.2 and 4.2)",
+        "Two reward models learned from annotators' comparisons; RS are the best of "
+        f"{config.rejection.samples} answers to each question by their judgement, fine-tuned on; PPO went on from there. "
+        "Distilled is the fine-tuned model taught by its own answers behind safety preprompts. The shares below are the "
+        "world's program's, which judged nothing while anything was trained.",
+        "![True scores by model](preferences.png)",
+        table(
+            ("share", *by_model),
+            [(name.replace("_", " "), *(f"{s[name]:.2f}" for s in by_model.values())) for name in by_model["SFT"]],
+        ),
+        f"The reward models' own mean reward on {config.eval_prompts} held-out questions: {judged[0]['reward']:.3f} before, "
+        f"{judged[-1]['reward']:.3f} after.",
+        f"More on each: [the version]({out}/report.md), its [helpfulness]({out}/v1/helpfulness/report.md) and "
+        f"[safety]({out}/v1/safety/report.md) models, [rejection sampling]({out}/v1/reject/report.md), "
+        f"[PPO]({out}/v1/ppo/report.md), [distillation](distil/report.md).",
+        table(("question", "SFT", "RS", "PPO", "grade before", "after"), answers[:20]),
     ]
 
 

@@ -9,6 +9,7 @@ import pytest
 from llama_jax import cli, demo
 from llama_jax.data.instruction_world import annotated
 from llama_jax.data.pipeline import DataConfig, held_out_documents
+from llama_jax.demo_rlhf import Sizes
 from llama_jax.evaluation.instruction_world import play, scores
 from llama_jax.generation.llama import Llama
 from llama_jax.text.tokenizer import Tokenizer
@@ -22,6 +23,8 @@ def finished(tmp_path_factory):
     command = ["demo", "--out", str(out), "--train-tokens", str(64 * 1024), "--dialogues", "60"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "QUESTIONED", 10)
+        few = Sizes(pairs=150, compared=20, questions=60, adversarial=8, held_out=6, samples=2, iterations=1)
+        patch.setattr(demo, "SIZES", few)
         assert cli.main(command) == 0
     return out
 
@@ -57,7 +60,7 @@ def test_the_compressors_saw_the_held_out_bytes(finished):
 
 def test_the_report_scores_the_checkpoints_on_disk_before_and_after_fine_tuning(finished):
     page = (finished / "report.md").read_text()
-    table = dict(re.findall(r"^\| ([a-z ]+) \| ([\dna.]+ \| [\dna.]+) \|$", page, re.M))
+    table = dict(re.findall(r"^\| ([a-z ]+) \| ([\dna.]+ \| [\dna.]+) \|$", page.partition("## Preferences")[0], re.M))
     models = [Llama.load(finished / name) for name in ("pretrain", "sft")]
     before, after = (scores(play(model, dialogues=10)) for model in models)
     assert table == {name.replace("_", " "): f"{before[name]:.2f} | {after[name]:.2f}" for name in before}
@@ -65,7 +68,7 @@ def test_the_report_scores_the_checkpoints_on_disk_before_and_after_fine_tuning(
 
 def test_the_fine_tuned_dialogues_are_the_worlds(finished):
     rows = [json.loads(line) for line in (finished / "annotated.jsonl").read_text().splitlines()]
-    assert rows == [annotated(0, number) for number in range(60)]
+    assert rows == [annotated(0, number, preprompts=True) for number in range(60)]
     trained = json.loads((finished / "sft" / "config.json").read_text())["config"]
     assert trained["data"]["sources"] == [str(finished / "annotated.jsonl")]
     assert trained["checkpoint"] == str(finished / "pretrain")
@@ -73,7 +76,7 @@ def test_the_fine_tuned_dialogues_are_the_worlds(finished):
 
 def test_the_report_has_its_plots_samples_and_recipes(finished):
     page = (finished / "report.md").read_text()
-    for plot in ("pretrain/loss.png", "sft/loss.png", "scores.png"):
+    for plot in ("pretrain/loss.png", "sft/loss.png", "scores.png", "preferences.png"):
         assert f"({plot})" in page and (finished / plot).read_bytes().startswith(b"\x89PNG")
     assert "The for statement is used to|" in page and '"n_kv_heads": 2' in page and '"epochs": 2' in page
 
@@ -82,3 +85,23 @@ def test_a_dry_run_touches_nothing(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     assert "parameters" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_report_scores_the_models_that_preferences_made(finished):
+    """By the world's program, from the checkpoints on disk; and each page that it leads to is there."""
+    page = (finished / "report.md").read_text().partition("## Preferences")[2]
+    table = dict(re.findall(r"^\| ([a-z ]+) \| ((?:[\dna.]+ \| ){3}[\dna.]+) \|$", page, re.M))
+    folders = ("sft", "distilled", "rlhf/v1/sft", "rlhf/v1/ppo/best")
+    models = [scores(play(Llama.load(finished / name), dialogues=10)) for name in folders]
+    assert table == {name.replace("_", " "): " | ".join(f"{one[name]:.2f}" for one in models) for name in models[0]}
+    links = re.findall(r"\]\(([\w/]+\.md)\)", page)
+    assert len(links) == 6 and all((finished / link).is_file() for link in links)
+
+
+def test_no_stage_of_preferences_is_given_the_worlds_grades(finished):
+    """What is trained on has the annotators' choices, and no grade."""
+    for name in ("preferences", "safety_preferences"):
+        rows = [json.loads(line) for line in (finished / "rlhf" / "v1" / f"{name}.jsonl").read_text().splitlines()]
+        assert rows and all("grade" not in field for row in rows for field in row)
+    asked = [json.loads(line) for line in (finished / "questions.jsonl").read_text().splitlines()]
+    assert all(set(row) == {"messages", "risk"} and row["messages"][-1]["role"] == "user" for row in asked)

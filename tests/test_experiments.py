@@ -11,8 +11,10 @@ import pytest
 from experiments import context_ablation, gqa_ablation
 from llama_jax import cli
 from llama_jax.recipes import load_recipe
+from llama_jax.stages.ppo import PPOConfig
 from llama_jax.stages.pretrain import PretrainConfig
 from llama_jax.stages.reward import RewardConfig
+from llama_jax.stages.rlhf import RLHFConfig
 from llama_jax.stages.sft import SFTConfig
 from llama_jax.training.metrics import read_metrics
 
@@ -64,12 +66,16 @@ def test_every_experiment_is_short_and_states_claim_and_command(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_its_numbers_fit_each_other(path):
-    kinds = {"sft": SFTConfig, "reward": RewardConfig}
+    kinds = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "rlhf": RLHFConfig}
     config = load_recipe(str(path), next((kind for name, kind in kinds.items() if name in path.stem), PretrainConfig))
     if isinstance(config, RewardConfig):
         assert config.optimizer.warmup_steps == 0 and config.epochs == 1
     elif isinstance(config, SFTConfig):
         assert config.rows % config.micro_batches == 0 and config.length <= 4096
+    elif isinstance(config, PPOConfig):
+        assert config.batch % config.mini_batch == 0 and config.optimizer.final_lr_ratio == 1
+    elif isinstance(config, RLHFConfig):
+        assert config.ppo_from <= config.versions and config.ppo.batch % config.ppo.mini_batch == 0
     else:
         assert config.total_steps > config.optimizer.warmup_steps and config.batch_tokens % config.length == 0
 

@@ -23,6 +23,7 @@ LAYERS = [
     {"stages"},
     {"evaluation", "planning"},
     {"doctor", "recipes"},
+    {"demo_rlhf"},
     {"demo"},
     {"verbs"},
     {"cli"},

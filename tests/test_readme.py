@@ -11,12 +11,13 @@ from pydoc_data.topics import topics
 import pytest
 
 from llama_jax import cli
+from llama_jax.data.instruction_world import textbook
 from llama_jax.training.metrics import read_metrics
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-README, FINETUNING = "README.md", "docs/finetuning.md"
-DOCUMENTS = (README, FINETUNING)
+README, FINETUNING, RLHF = "README.md", "docs/finetuning.md", "docs/rlhf.md"
+DOCUMENTS = (README, FINETUNING, RLHF)
 RECIPES = ("domain_qa", "style", "classification", "summarisation", "code")
 
 
@@ -68,6 +69,17 @@ def test_the_blocks_on_finetuning_run_and_every_recipe_lowers_its_loss(tmp_path)
         assert losses[-1] < losses[0] - 1, f"{name}: {losses}"
 
 
+def test_the_blocks_on_preferences_run_and_what_they_leave_is_there(tmp_path):
+    """With a tiny model, and with the settings that the guide gives for a laptop."""
+    write_tiny_checkpoint(tmp_path / "tiny" / "hf", [textbook(0, number) for number in range(40)], vocab_size=500)
+    (small,) = re.findall(r'SMALL="([^"]+)"', commands(RLHF, "console"))
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    run_blocks(RLHF, tmp_path, MODEL="tiny/hf", SMALL=small, **cache)
+    for name in ("helpful", "best", "ppo", "dpo", "distilled"):
+        assert (tmp_path / "runs" / name / "report.md").stat().st_size > 500, name
+    assert len([one for one in read_metrics(tmp_path / "runs" / "ppo") if "reward/mean" in one]) == 2
+
+
 def test_there_are_bash_blocks_for_the_first_steps():
     for step in ("llama-jax doctor", "llama-jax tokenizer train", "llama-jax pretrain", "llama-jax sft"):
         assert step in commands(README, "bash")
@@ -98,3 +110,11 @@ def test_links_and_paths_exist(document):
 def test_the_table_of_folders_names_what_is_there():
     named = re.findall(r"^\| `([^`]+)` \|", (ROOT / README).read_text(), re.M)
     assert len(named) > 10 and all((ROOT / name).exists() for name in named)
+
+
+def test_every_test_that_the_guide_on_preferences_names_is_there():
+    text = (ROOT / RLHF).read_text().partition("| property | test |")[2]
+    named = set(re.findall(r"`(\w+/test_\w+\.py)`", text))
+    assert len(named) > 15 and all((ROOT / "tests" / name).is_file() for name in named)
+    places = set(re.findall(r"`(\w+/\w+\.py)`", (ROOT / RLHF).read_text())) - named
+    assert places and all((ROOT / "llama_jax" / name).is_file() for name in places)

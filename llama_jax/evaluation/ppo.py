@@ -56,7 +56,9 @@ def plot_panels(records: list[dict[str, Any]], path: Path) -> None:
         for name, label in curves.items():
             points = [(record["step"], record[name]) for record in records if name in record]
             if points:
-                axes.plot(*zip(*points, strict=True), "o-" if name.startswith("eval/") else "-", label=label, markersize=3)
+                axes.plot(
+                    *zip(*points, strict=True), "o-" if name.startswith("eval/") else "-", label=label, markersize=3
+                )
         axes.set(title=title, xlabel="iteration")
         axes.grid(alpha=0.3)
         if len(curves) > 1:

@@ -112,6 +112,8 @@ def with_scalar_head(trunk: Any, config: LlamaConfig, key: jax.Array) -> RewardM
     return RewardModel(trunk, head_D, jnp.zeros((), jnp.float32))
 
 
-def centred(model: RewardModel, mean: jax.Array | float) -> RewardModel:
-    """The model whose scores are lower by `mean`: given the mean score of reference samples, theirs is 0."""
-    return replace(model, bias=model.bias - mean)
+def standardised(model: RewardModel, mean: jax.Array | float, std: jax.Array | float) -> RewardModel:
+    """The model whose scores are those of `model` less `mean`, in units of `std`: given the mean and the deviation of
+    reference samples, theirs are 0 and 1.
+    """
+    return replace(model, head_D=model.head_D / std, bias=(model.bias - mean) / std)

@@ -47,6 +47,7 @@ from llama_jax.generation.ppo_models import (
 from llama_jax.generation.rewards import load_function, trusted_judge
 from llama_jax.generation.rollouts import Rollout, make_gather, sample_rollouts
 from llama_jax.generation.session import spoken_text
+from llama_jax.model.heads import standardised
 from llama_jax.model.lora import LoraConfig
 from llama_jax.parallel import distributed
 from llama_jax.parallel.mesh import (
@@ -437,6 +438,8 @@ def train(
     whole_policy = assemble_policy(prepared.actors, trained.policy.model, frozen.reference)
     gather = make_gather(whole_policy, config.compute.dtype)
     parts = Parts(frozen, programs, gather, score, policy_step, critic_step)
+    if not start and prepared.actors.judge:
+        trained = standardise_critic(prepared, parts, trained)
     log, began = MetricsLog(Path(config.out), start or -1), time.monotonic()
 
     def save(into: Checkpoints, done: int) -> None:
@@ -511,6 +514,23 @@ def train(
             f"held-out prompts gained most at iteration {best.iteration}: reward {best.reward:.4g}, in {config.out}/best"
         )
     say(f"done: {config.out}; try: llama-jax chat {config.out}{' --plain' * config.plain}")
+
+
+def standardise_critic(prepared: Run, parts: Parts, trained: Trained) -> Trained:
+    """The critic, which begins as a reward model, in the units of what it is to foresee: whitened rewards.
+
+    Our choice: else its first values are the rewards' logits, and the first advantages nothing but that difference.
+    """
+    config, (policy, critic) = prepared.config, trained
+    prompts = batch_of(prepared.prompts, config.batch, 0, config.seed)
+    drawn = draw(prepared, parts, trained, prompts, 1)
+    answers = make_answers([prompt.ids for prompt in prompts], [one.ids for one in drawn], prepared.length)
+    whole = assemble_critic(prepared.actors, critic.model, parts.frozen.trunk)
+    scores_B = parts.programs.values(whole, answers)[np.arange(config.batch), answers.last_B]
+    layout = jax.tree.map(lambda leaf: leaf.sharding, critic.model)
+    std = max(float(scores_B.std(ddof=1)), 1e-3) if config.batch > 1 else 1.0
+    model = jax.jit(standardised, out_shardings=layout)(critic.model, float(scores_B.mean()), std)
+    return Trained(policy, critic.replace(model=model))
 
 
 def is_over(config: PPOConfig, best: Best, done: int) -> bool:

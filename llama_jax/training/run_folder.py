@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,6 +129,11 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes JSON lines, whole."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def without(config: Any, names: tuple[str, ...]) -> dict[str, Any]:

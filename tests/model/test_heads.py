@@ -11,10 +11,10 @@ from llama_jax.config import Compute, LlamaConfig
 from llama_jax.model import transformer
 from llama_jax.model.heads import (
     abstract_reward_model,
-    centred,
     describe_reward_model,
     positions,
     score,
+    standardised,
     with_scalar_head,
     without_head,
 )
@@ -148,10 +148,10 @@ def test_it_is_the_trunk_without_its_output_head(model):
     assert jax.tree.structure(shapes, is_leaf=lambda s: isinstance(s, tuple)) == jax.tree.structure(model)
 
 
-def test_centring_moves_every_score_by_the_mean(model, sequences, alone):
-    moved = centred(model, alone.mean())
-    got = rows(moved, [[ids] for ids in sequences], LENGTH)[:, 0]
-    np.testing.assert_allclose(got, alone - alone.mean(), rtol=1e-4, atol=1e-5)
+def test_standardised_scores_are_those_less_the_mean_in_units_of_the_deviation(model, sequences, alone):
+    mean, std = alone.mean(), alone.std(ddof=1)
+    got = rows(standardised(model, mean, std), [[ids] for ids in sequences], LENGTH)[:, 0]
+    np.testing.assert_allclose(got, (alone - mean) / std, rtol=1e-4, atol=1e-5)
 
 
 def test_eight_devices_give_the_same_scores(model, sequences, alone):

@@ -23,9 +23,9 @@ from llama_jax.training.step import Batch, abstract_state, make_train_step, new_
 from tests.parity.numpy_llama import random_weights, to_ours
 
 CONFIG = LlamaConfig(
-    dim=32, n_layers=2, n_heads=8, n_kv_heads=4, ffn_dim=64, vocab_size=128, head_dim=8, context_length=64
+    dim=32, n_layers=1, n_heads=8, n_kv_heads=4, ffn_dim=64, vocab_size=128, head_dim=8, context_length=64
 )
-MESHES = ["data=2,fsdp=4", "fsdp=2,tensor=4", "data=2,context=2,tensor=2"]
+MESHES = ["data=2,fsdp=4", "fsdp=2,tensor=4"]
 rng = np.random.default_rng(0)
 PROMPTS = [[1, *rng.integers(3, 128, n).tolist()] for n in (3, 20, 1, 9, 5, 14, 2)]
 EOS = 2
@@ -87,7 +87,7 @@ def decoding_program(model: Transformer, rows: int) -> str:
         return decode.lower(model, state, Sampling(1.0, 1.0, 0), EOS, steps=4).compile().as_text()
 
 
-@pytest.mark.parametrize("text", MESHES[:2])
+@pytest.mark.parametrize("text", MESHES)
 def test_decoding_gathers_no_weight(model, text: str):
     """Where the layout of training would gather every matrix for every token."""
     trained = jax.device_put(model, shardings(CONFIG, make_mesh(text)))
@@ -101,10 +101,9 @@ def test_decoding_gathers_no_weight(model, text: str):
     assert max(left, default=0) <= logits
 
 
-@pytest.mark.parametrize(("text", "dtype"), [("data=2,fsdp=4", "float32"), ("fsdp=2,tensor=4", "bfloat16")])
-def test_what_is_gathered_is_what_was_just_trained(model, text: str, dtype: str):
+def test_what_is_gathered_is_what_was_just_trained(model):
     """To the bit; and by the function that was made before the step."""
-    mesh = make_mesh(text)
+    mesh, dtype = make_mesh("fsdp=2,tensor=4"), "bfloat16"
     optimizer = make_optimizer(OptimizerConfig(1e-2, 0), CONFIG, total_steps=10)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(CONFIG, optimizer, mesh))
     with jax.set_mesh(mesh):
@@ -123,7 +122,7 @@ def test_what_is_gathered_is_what_was_just_trained(model, text: str, dtype: str)
         assert not whole & {*GATHERED_TO_GENERATE}
     # Kept apart over `tensor`, whole otherwise.
     parts = mesh.shape["tensor"]
-    assert after.layers.w_gate_DF.addressable_shards[0].data.shape == (2, 32, 64 // parts)
+    assert after.layers.w_gate_DF.addressable_shards[0].data.shape == (1, 32, 64 // parts)
 
 
 def test_the_narrow_type_is_what_travels(model):
@@ -144,7 +143,7 @@ def test_adapters_and_quantised_weights_are_gathered_too(model):
         assert got.dtype == want.dtype and np.array_equal(got, want)
     w_gate = gathered.layers.w_gate_DF
     shapes = [x.addressable_shards[0].data.shape for x in (w_gate.base.values, w_gate.a, w_gate.b)]
-    assert shapes == [(2, 32, 32), (2, 32, 4), (2, 4, 32)]
+    assert shapes == [(1, 32, 32), (1, 32, 4), (1, 4, 32)]
 
 
 def test_a_layout_to_generate_is_the_one_of_training_without_its_gathered_axes():

@@ -82,7 +82,11 @@ def learned(folder: Path) -> list[dict]:
     """A run's metrics without the times, in order."""
     clocks = {"train/tokens_per_s", "train/data_wait", "train/mfu"}
     return [
-        {name: value for name, value in record.items() if name not in clocks and not name.startswith(("time/", "speed/"))}
+        {
+            name: value
+            for name, value in record.items()
+            if name not in clocks and not name.startswith(("time/", "speed/"))
+        }
         for record in read_metrics(folder)
     ]
 

@@ -284,6 +284,27 @@ def test_the_critic_begins_as_the_reward_model(recipe, judges, base):
     assert np.array_equal(alone.trunk.embedding_VD, load_model(base, mesh, "float32")[0].embedding_VD)
 
 
+def test_the_critics_first_values_are_the_judges_scores_in_the_units_of_whitened_rewards(recipe, judges, tmp_path):
+    """So that at an answer's last token it says what the answer earned, but for the clamp on extreme rewards; bare scores
+    would begin far off.
+    """
+    seen = []
+
+    def noted(*arguments, **weights):
+        seen.append((arguments, make_experience(*arguments, **weights)))
+        return seen[-1][1]
+
+    make_experience = ppo.make_experience
+    own = {"helpfulness": judges["helpfulness"], "iterations": 1, "eval_prompts": 0, "out": str(tmp_path / "run")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "make_experience", noted)
+        ppo.run(dataclasses.replace(recipe, **own))
+    ((answers, whitened_B, _, _, values_BT), _) = seen[0]
+    at_last_B = values_BT[np.arange(64), answers.last_B]
+    assert (at_last_B.mean(), at_last_B.std(ddof=1)) == pytest.approx((0, 1), abs=1e-4)
+    assert np.corrcoef(at_last_B, whitened_B)[0, 1] > 0.9
+
+
 def test_adapters_share_one_backbone(recipe, base, tmp_path):
     """Policy, reference, reward model and critic: the very same buffers; and they begin where whole models would."""
     lora = LoraConfig(rank=2, targets=("wq_DNH", "w_up_DF"))

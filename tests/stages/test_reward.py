@@ -212,7 +212,14 @@ def test_the_schedule_is_the_papers():
     config = RewardConfig()
     assert (config.optimizer.peak_lr, config.optimizer.final_lr_ratio) == (1e-5, 0.1)
     assert (config.epochs, config.pairs) == (1, 512)
-    assert [warmed_up(config.optimizer, steps).warmup_steps for steps in (1, 5, 10, 166, 167, 1000)] == [0, 4, 5, 5, 6, 30]
+    assert [warmed_up(config.optimizer, steps).warmup_steps for steps in (1, 5, 10, 166, 167, 1000)] == [
+        0,
+        4,
+        5,
+        5,
+        6,
+        30,
+    ]
     assert warmed_up(OptimizerConfig(warmup_steps=2), 1000).warmup_steps == 2
 
 
