@@ -13,30 +13,21 @@ paper ran it with 70B alone, and fine-tuned the smaller models on what 70B had a
 runs/rlhf/v4/reject/dialogues.jsonl --data.answers last`. Not measured.
 """
 
-import json
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from random import Random
 
 import tyro
 
-from experiments.reward_margin import toy as reward_toy
-from experiments.tiny_sft import config as sft_toy
+from experiments.tiny_rlhf import config as tiny
 from llama_jax.cli import end_of
 from llama_jax.data import instruction_world as world
-from llama_jax.evaluation.instruction_world import LONGEST_ANSWER, play, scores
+from llama_jax.evaluation.instruction_world import compare_answers, play, scores
 from llama_jax.evaluation.versions import write_versions_report
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.replies import reply_to, seed_of
 from llama_jax.stages import rlhf
-from llama_jax.stages.ppo import CONSTANT
 from llama_jax.stages.rlhf import Collected, RLHFConfig
-from llama_jax.text.chat import Llama2Chat, Message
-from llama_jax.training.run_folder import make_folder, write_whole
-
-TEMPERATURES, BATCH = (0.7, 1.3), 50  # of the two answers that are compared
+from llama_jax.training.run_folder import make_folder, write_rows
 
 paper_7b = RLHFConfig()
 paper_70b = replace(
@@ -44,74 +35,15 @@ paper_70b = replace(
     reward=replace(paper_7b.reward, optimizer=replace(paper_7b.reward.optimizer, peak_lr=5e-6)),
     ppo=replace(paper_7b.ppo, beta=0.005),
 )
-toy = replace(
-    paper_7b,
-    mixes=(0.8, 0.5),  # so that few pairs of a small collection go to waste
-    reward=replace(reward_toy, safety_weight=1.0),
-    rejection=replace(paper_7b.rejection, samples=8, max_new_tokens=LONGEST_ANSWER),
-    sft=replace(sft_toy, optimizer=replace(sft_toy.optimizer, peak_lr=5e-4), out=paper_7b.sft.out),
-    ppo=replace(
-        paper_7b.ppo,
-        iterations=30,
-        batch=64,
-        mini_batch=32,
-        max_new_tokens=LONGEST_ANSWER,
-        optimizer=replace(CONSTANT, peak_lr=3e-5),
-        critic=replace(CONSTANT, peak_lr=1e-4),
-        compute=sft_toy.compute,
-        accept_warnings=True,  # a small collection leaves few pairs to test a reward model on
-    ),
-    eval_prompts=100,
-)
-
-
-def asked(version: int, count: int) -> Iterator[tuple[tuple[Message, ...], world.Question]]:
-    """Dialogues of a version's own, with annotators' best answers before the last question; with that question."""
-    for number in range(count):
-        *before, last = world.draw_dialogue(1000 + version, number)
-        random, messages, said = Random(f"{version}/{number}/before"), [], ""
-        for question in before:
-            question = world.after(question, said)
-            said = world.write_answer(random, question, world.BEST_GRADE)
-            messages += [Message("user", question.prompt), Message("assistant", said)]
-        last = world.after(last, said)
-        yield (*messages, Message("user", last.prompt)), last
-
-
-def answers_of(llama: Llama, prompts: Sequence[tuple[Message, ...]], version: int, which: int) -> list[str]:
-    """The model's answer to each prompt, at one of the temperatures."""
-    texts: list[str] = []
-    for start in range(0, len(prompts), BATCH):
-        part = [*prompts[start : start + BATCH]]
-        seeds = [seed_of(version, which, number) for number in range(start, start + BATCH)]
-        filled = part + part[:1] * (BATCH - len(part))  # a batch of another size would be compiled anew
-        settings = {"max_new_tokens": LONGEST_ANSWER, "temperature": TEMPERATURES[which], "top_p": 1.0}
-        texts += [reply.text for reply in reply_to(llama, filled, Llama2Chat(), seeds=seeds, **settings)][: len(part)]
-    return texts
+toy = replace(tiny, versions=5, ppo_from=5, eval_prompts=100)
 
 
 def annotate(version: int, llama: Llama, *, count: int) -> Collected:
-    """What annotators think of two answers of the newest model to each of a version's questions, where they differ."""
-    prompts, questions = zip(*asked(version, count), strict=True)
+    """What annotators think of two answers of the newest model to each of a version's own questions, where they differ."""
     kinds: tuple[list[dict], list[dict]] = [], []
-    both = zip(*(answers_of(llama, prompts, version, which) for which in range(2)), strict=True)
-    for number, (prompt, last, texts) in enumerate(zip(prompts, questions, both, strict=True)):
-        if texts[0] == texts[1] or not all(texts):
-            continue
-        rejected, chosen = sorted(texts, key=partial(world.grade, last))
-        strength, random = world.grade(last, chosen) - world.grade(last, rejected), Random(f"{version}/{number}/choice")
-        if random.random() < world.MISTAKES[strength]:
-            rejected, chosen = chosen, rejected
-        safe = {"chosen_safe": not world.violates(last, chosen), "rejected_safe": not world.violates(last, rejected)}
-        row = {"messages": [message._asdict() for message in prompt], "strength": strength, **safe}
-        kinds[last.is_adversarial].append(row | {"chosen": chosen, "rejected": rejected})
+    for row, is_adversarial in compare_answers(llama, seed=1000 + version, count=count):
+        kinds[is_adversarial].append(row)
     return Collected(*kinds)
-
-
-def write_rows(path: str, rows: list[dict]) -> tuple[str, ...]:
-    """Writes rows, and gives the path as sources; none if there are no rows."""
-    write_whole(Path(path), "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return (path,) if rows else ()
 
 
 def main(
@@ -135,13 +67,18 @@ def main(
       dialogues: held-out ones of the world, that its program grades.
     """
     make_folder(Path(out))
-    written = [world.annotated(1, number) for number in range(prompts + toy.eval_prompts)]
-    questions = write_rows(f"{out}/questions.jsonl", [{n: row[n] for n in ("messages", "risk")} for row in written])
+    paths = [Path(out) / f"{name}.jsonl" for name in ("questions", "helpful", "safe")]
+    written = (world.annotated(1, number) for number in range(prompts + toy.eval_prompts))
+    write_rows(paths[0], ({name: row[name] for name in ("messages", "risk")} for row in written))
     kinds: tuple[list[dict], list[dict]] = [], []
     for number in range(known):
         kinds[world.draw_dialogue(0, number)[-1].is_adversarial].append(world.preference(0, number))
-    helpful, safe = map(write_rows, (f"{out}/helpful.jsonl", f"{out}/safe.jsonl"), kinds)
-    config = replace(toy, data=replace(toy.data, sources=questions), preferences=helpful, safety_preferences=safe)
+    for path, rows in zip(paths[1:], kinds, strict=True):
+        write_rows(path, rows)
+    # Without rows a file is no source.
+    helpful, safe = ((str(path),) if rows else () for path, rows in zip(paths[1:], kinds, strict=True))
+    data = replace(toy.data, sources=(str(paths[0]),))
+    config = replace(toy, data=data, preferences=helpful, safety_preferences=safe)
     rlhf.run(
         replace(config, checkpoint=checkpoint, versions=versions, out=f"{out}/rlhf"),
         annotate=partial(annotate, count=pairs),

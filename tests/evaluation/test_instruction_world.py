@@ -8,9 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from llama_jax.config import LlamaConfig
+from llama_jax.data import instruction_world as world
 from llama_jax.data.instruction_world import REFUSAL, Question, after, draw_dialogue, write_answer
+from llama_jax.evaluation import instruction_world as evaluation
 from llama_jax.evaluation.instruction_world import play, scores
 from llama_jax.generation.llama import Llama
+from llama_jax.generation.replies import Reply
+from llama_jax.text.chat import Message
 from llama_jax.text.tokenizer import Tokenizer
 from tests.parity.numpy_llama import random_weights, to_ours
 
@@ -106,3 +110,60 @@ def test_no_answer_depends_on_the_batch_it_is_drawn_in(tokenizer):
 def test_what_was_never_asked_has_no_share(tokenizer):
     summary = scores([one for one in play(Scholar(tokenizer, best, 20), dialogues=20) if not one.question.persona])
     assert math.isnan(summary["personas"]) and summary["score"] == 1
+
+
+COUNT = 400
+
+
+def collected(monkeypatch, answer, version: int = 1):
+    """What comes of models that answer each question as `answer(question, which of the two)` says."""
+    drawn = (world.opened(version, number) for number in range(COUNT))
+    questions = {tuple(Message(**message) for message in messages): last for messages, last in drawn}
+
+    def reply_to(llama, prompts, template, *, seeds, temperature, **settings):
+        which = (0.7, 1.3).index(temperature)
+        return [Reply(answer(questions[tuple(prompt)], which), "whole") for prompt in prompts]
+
+    monkeypatch.setattr(evaluation, "reply_to", reply_to)
+    kinds: tuple[list[dict], list[dict]] = [], []
+    for row, is_adversarial in evaluation.compare_answers(None, seed=version, count=COUNT):
+        kinds[is_adversarial].append(row)
+    return kinds, questions
+
+
+def best_and_worst(question: world.Question, which: int) -> str:
+    """In the first model's answer the best, in the second's one that is no answer, or that obeys."""
+    best = f"{question.sentence.format(question.key)} {world.PERSONAS.get(question.persona, '')}".strip()
+    return best if which == 0 else question.wrong[0] if question.is_adversarial else "Well, well."
+
+
+def test_the_better_answer_is_chosen_where_it_is_far_better_and_labelled(monkeypatch):
+    found, questions = collected(monkeypatch, best_and_worst)
+    assert len(found[0]) + len(found[1]) == COUNT
+    adversarial = {q.prompt for q in questions.values() if q.is_adversarial}
+    for row in (*found[0], *found[1]):
+        assert row["strength"] == 3 and row["rejected"] != row["chosen"] and row["chosen_safe"]
+        asked = row["messages"][-1]["content"]
+        assert row["messages"][-1]["role"] == "user" and (asked in adversarial) == (not row["rejected_safe"])
+    assert {row["messages"][-1]["content"] for row in found[1]} <= adversarial
+    assert 40 < len(found[1]) < 120  # a fifth of the world's questions
+
+
+def test_annotators_err_where_answers_are_alike_and_see_no_pair_where_they_are_the_same(monkeypatch):
+    def no_answers(question: world.Question, which: int) -> str:
+        return ("Well, well.", "Oh no.")[which]
+
+    found, _ = collected(monkeypatch, no_answers)
+    helpful = [row["chosen"] for row in found[0]]
+    assert abs(helpful.count("Oh no.") / len(helpful) - 0.5) < 0.1 and {row["strength"] for row in found[0]} == {0}
+    same, _ = collected(monkeypatch, lambda question, which: "Well, well.")
+    assert same == ([], [])
+    empty, _ = collected(monkeypatch, lambda question, which: "Well." * which)
+    assert empty == ([], [])
+
+
+def test_the_same_version_is_annotated_alike_and_another_on_other_questions(monkeypatch):
+    once, questions = collected(monkeypatch, best_and_worst)
+    again, _ = collected(monkeypatch, best_and_worst)
+    _, others = collected(monkeypatch, best_and_worst, version=2)
+    assert once == again and len(questions.keys() & others.keys()) < COUNT / 4
