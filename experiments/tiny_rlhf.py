@@ -40,13 +40,14 @@ config = RLHFConfig(
         loop=LoopConfig(log_every=50, eval_every=0, save_every=200),
     ),
     ppo=PPOConfig(
-        iterations=20,
+        iterations=24,
         batch=64,
-        mini_batch=32,
+        mini_batch=16,
+        critic_warmup=6,
         max_new_tokens=40,
         beta=0.1,  # a small reward model is soon fooled
         optimizer=replace(CONSTANT, peak_lr=1e-4),
-        critic=replace(CONSTANT, peak_lr=3e-4),
+        critic=replace(CONSTANT, peak_lr=1e-3),
         eval_prompts=60,
         accept_warnings=True,  # few pairs are left to test the reward models on
         compute=compute,

@@ -30,9 +30,9 @@ LONGEST_DIALOGUE = 3  # messages: two questions and the answer between; longer o
 class Sizes:
     """How much of everything; the defaults take five minutes on two cores."""
 
-    pairs: int = 1000
+    pairs: int = 3000
     """Comparisons of annotators' own answers."""
-    compared: int = 4500
+    compared: int = 1500
     """Dialogues to which two answers of the fine-tuned model are compared."""
     questions: int = 900
     """Asked in rejection sampling and PPO."""
@@ -40,9 +40,9 @@ class Sizes:
     """Asked to be distilled."""
     held_out: int = 60
     """Of these to compare models by, and again to end PPO by."""
-    samples: int = 8
+    samples: int = 2
     """Answers of rejection sampling to each."""
-    iterations: int = 16
+    iterations: int = 24
     """Of PPO."""
 
 

@@ -136,6 +136,8 @@ class PPOConfig(RunConfig):
     """The policy's: AdamW at a constant learning rate, where final_lr_ratio is 1."""
     critic: OptimizerConfig = CONSTANT
     """The critic's."""
+    critic_warmup: int = 0
+    """First iterations that train the critic alone; one that foresees nothing yet makes the first steps of a policy noise."""
     train: Literal["all", "lora"] = "all"
     """What is trained: every weight, or low-rank adapters beside one frozen backbone that all four models may share."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -185,11 +187,6 @@ class Run:
     mesh: Mesh
     policy_optimizer: GradientTransformation
     critic_optimizer: GradientTransformation
-
-    @property
-    def steps(self) -> int:
-        """Gradient steps of an iteration."""
-        return self.config.batch // self.config.mini_batch
 
     @property
     def part(self) -> int:
@@ -335,6 +332,11 @@ def check(config: PPOConfig, has_score: bool) -> None:
         "lam": (config.lam, 0 <= config.lam <= 1, "from 0 to 1"),
         "threshold": (config.threshold, 0 <= config.threshold <= 1, "from 0 to 1"),
         "cut-penalty": (config.cut_penalty, 0 <= config.cut_penalty < math.inf, "0 or more"),
+        "critic-warmup": (
+            config.critic_warmup,
+            0 <= config.critic_warmup < config.iterations,
+            "0 or more, below --iterations",
+        ),
     }
     for name, (value, is_right, expected) in ranges.items():
         if not is_right:
@@ -627,13 +629,16 @@ def update(
     under = parts.frozen.reference if config.train == "lora" else None
     order = np.random.default_rng([config.seed, 3, iteration]).permutation(config.batch)
     own = batch_rows_of_process(mesh, config.mini_batch)
-    seen: list[tuple[StepMetrics, StepMetrics]] = []
+    of_policy: list[StepMetrics] = []
+    of_critic: list[StepMetrics] = []
     for rows in order.reshape(-1, config.mini_batch):
         batch = to_devices(mesh, Experience(*(array[rows[own]] for array in experience)), config.mini_batch)
-        policy, of_policy = parts.policy_step(policy, batch, under)
-        critic, of_critic = parts.critic_step(critic, batch, parts.frozen.trunk)
-        seen.append((of_policy, of_critic))
-    of_policy, of_critic = ([jax.tree.map(np.asarray, m) for m in column] for column in zip(*seen, strict=True))
+        if iteration >= config.critic_warmup:
+            policy, metrics = parts.policy_step(policy, batch, under)
+            of_policy.append(metrics)
+        critic, metrics = parts.critic_step(critic, batch, parts.frozen.trunk)
+        of_critic.append(metrics)
+    of_policy, of_critic = ([jax.tree.map(np.asarray, m) for m in column] for column in (of_policy, of_critic))
     for name, metrics in (("policy", of_policy), ("critic", of_critic)):
         if any(m.skipped_in_row >= MAX_SKIPPED_IN_ROW for m in metrics):
             raise Diverged(
@@ -644,16 +649,17 @@ def update(
     def mean(metrics: list[StepMetrics], name: str) -> float:
         return float(np.mean([getattr(m, name) for m in metrics]))
 
-    return Trained(policy, critic), {
-        **{f"policy/{name}": value for name, value in policy_metrics([m.extras for m in of_policy]).items()},
-        "policy/loss": mean(of_policy, "loss"),
-        "policy/grad_norm": mean(of_policy, "grad_norm"),
-        "policy/skipped": float(of_policy[-1].skipped),
+    found = {
         "critic/loss": mean(of_critic, "loss"),
         "critic/grad_norm": mean(of_critic, "grad_norm"),
         "critic/explained_variance": explained_variance([m.extras for m in of_critic]),
         "critic/skipped": float(of_critic[-1].skipped),
     }
+    if of_policy:
+        found |= {f"policy/{name}": value for name, value in policy_metrics([m.extras for m in of_policy]).items()}
+        found |= {f"policy/{name}": mean(of_policy, name) for name in ("loss", "grad_norm")}
+        found["policy/skipped"] = float(of_policy[-1].skipped)
+    return Trained(policy, critic), found
 
 
 def evaluation(prepared: Run, parts: Parts, trained: Trained) -> tuple[dict[str, float], str]:
@@ -691,11 +697,16 @@ def times(clock: Sequence[float], tokens: int, samples: int) -> dict[str, float]
 
 def line(values: dict[str, float], done: int, total: int, left: float) -> str:
     """An iteration in a line."""
+    policy = "the critic alone"
+    if "policy/loss" in values:
+        policy = (
+            f"entropy {values['policy/entropy']:.2f} clipped {values['policy/clip_fraction']:.1%} "
+            f"gnorm {values['policy/grad_norm']:.2f}"
+        )
     return (
         f"iteration {done}/{total} {done / total:.1%} reward {values['reward/mean']:.3f} kl {values['kl/sequence']:.2f} "
-        f"entropy {values['policy/entropy']:.2f} clipped {values['policy/clip_fraction']:.1%} "
-        f"value loss {values['critic/loss']:.3f} length {values['answers/length']:.0f} cut {values['answers/cut']:.0%} "
-        f"gnorm {values['policy/grad_norm']:.2f} {values['speed/samples_per_s']:.1f} samples/s "
+        f"{policy} value loss {values['critic/loss']:.3f} length {values['answers/length']:.0f} "
+        f"cut {values['answers/cut']:.0%} {values['speed/samples_per_s']:.1f} samples/s "
         f"({values['time/generate']:.0%} drawing) eta {format_duration(left)}"
     )
 

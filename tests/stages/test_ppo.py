@@ -305,6 +305,16 @@ def test_the_critics_first_values_are_the_judges_scores_in_the_units_of_whitened
     assert np.corrcoef(at_last_B, whitened_B)[0, 1] > 0.9
 
 
+def test_first_the_critic_may_learn_alone(recipe, judges, tmp_path):
+    """The second iteration still draws from the reference, with a critic that knows better; then the policy moves."""
+    own = {**judges, "critic_warmup": 2, "eval_prompts": 0, "out": str(tmp_path / "run")}
+    ppo.run(dataclasses.replace(recipe, **own))
+    first, second, third = iterations(tmp_path / "run")
+    assert first["kl/sequence"] == second["kl/sequence"] == third["kl/sequence"] == 0
+    assert "policy/loss" not in first and "policy/loss" not in second and third["policy/grad_norm"] > 0
+    assert third["critic/explained_variance"] > first["critic/explained_variance"]
+
+
 def test_adapters_share_one_backbone(recipe, base, tmp_path):
     """Policy, reference, reward model and critic: the very same buffers; and they begin where whole models would."""
     lora = LoraConfig(rank=2, targets=("wq_DNH", "w_up_DF"))
