@@ -135,7 +135,7 @@ def test_nothing_moves_without_a_learning_rate_and_the_flipped_sign_is_obeyed(re
         return [sum("a" <= letter <= "m" for letter in one[-1].content) / 16 for one in dialogues]
 
     fallen = learn(recipe, tmp_path / "flipped", lambda dialogues: [-value for value in early(dialogues)])
-    assert mean_of_last(fallen, "reward/mean") > 0.2 * fallen[0]["reward/mean"], "less than a fifth is left"
+    assert mean_of_last(fallen, "reward/mean") > 0.5 * fallen[0]["reward/mean"], "less than half is left"
 
 
 def test_a_great_kl_weight_holds_the_policy_at_its_reference_and_none_lets_it_go(recipe, tmp_path):
