@@ -83,7 +83,12 @@ def rlhf_config(folder: Path, checkpoint: str, mesh: str, seed: int, sizes: Size
         data=PromptsConfig(sources=(str(asked),)),
         sft=dataclasses.replace(recipe.sft, mesh=mesh),
         rejection=dataclasses.replace(recipe.rejection, samples=sizes.samples),
-        ppo=dataclasses.replace(recipe.ppo, iterations=sizes.iterations, eval_prompts=sizes.held_out),
+        ppo=dataclasses.replace(
+            recipe.ppo,
+            iterations=sizes.iterations,
+            critic_warmup=sizes.iterations // 4,  # the recipe's share
+            eval_prompts=sizes.held_out,
+        ),
         eval_prompts=sizes.held_out,
         seed=seed,
         out=str(folder / "rlhf"),

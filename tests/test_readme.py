@@ -115,6 +115,6 @@ def test_the_table_of_folders_names_what_is_there():
 def test_every_test_that_the_guide_on_preferences_names_is_there():
     text = (ROOT / RLHF).read_text().partition("| property | test |")[2]
     named = set(re.findall(r"`(\w+/test_\w+\.py)`", text))
-    assert len(named) > 15 and all((ROOT / "tests" / name).is_file() for name in named)
+    assert len(named) > 12 and all((ROOT / "tests" / name).is_file() for name in named)
     places = set(re.findall(r"`(\w+/\w+\.py)`", (ROOT / RLHF).read_text())) - named
     assert places and all((ROOT / "llama_jax" / name).is_file() for name in places)
