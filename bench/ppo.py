@@ -113,6 +113,7 @@ def run_ours(args: argparse.Namespace, batches: list, pause) -> None:
         temperature=TEMPERATURE,
         batch=args.batch,
         mini_batch=args.mini_batch,
+        micro_batches=args.micro_batches,
         max_new_tokens=args.new,
         rows=args.rows,
         optimizer=optimizer,
@@ -391,6 +392,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="answers drawn side by side; 16, and 64 with --decode")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer at most")
     parser.add_argument("--mean-length", type=float, default=40, help="about what answers have in the mean")
+    parser.add_argument("--micro-batches", type=int, default=8, help="parts of a mini-batch; ours skips the empty ones")
     parser.add_argument("--steps", type=int, default=5, help="timed iterations of each side")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores each side may use")
     parser.add_argument("--loss-chunk", type=int, default=64, help="tokens of a sequence whose logits we hold at once")

@@ -72,6 +72,7 @@ from llama_jax.training.experience import (
     combine,
     make_answers,
     make_experience,
+    mini_batch_of,
     of_function,
 )
 from llama_jax.training.loop import MAX_SKIPPED_IN_ROW, LoopConfig, due, profile
@@ -154,8 +155,9 @@ class PPOConfig(RunConfig):
     """How often to log, evaluate and save; counted in iterations."""
     rows: int = 64
     """Answers that are drawn side by side; a finished one makes room for the next. Memory and speed, not the result."""
-    micro_batches: int = 1
-    """Parts a mini-batch is split into, one after the other, to save memory; the result is the same."""
+    micro_batches: int = 0
+    """Parts a mini-batch is split into, one after the other; the result is the same. Answers share rows, and parts that they
+    leave empty cost nothing. 0: up to 8, as many as leave each device a row."""
     seed: int = 0
     """Of the order of prompts, of answers, heads and adapters."""
     out: str = "runs/ppo"
@@ -287,6 +289,9 @@ def prepare(config: PPOConfig, mesh: Mesh, has_score: bool) -> Run:
     prompts, held_out = hold_out(prompts, config.eval_prompts, config.seed)
     longest = max(len(prompt.ids) for prompt in (*prompts, *held_out)) + config.max_new_tokens
     length = longest + -longest % (16 * ways("length"))
+    if not config.micro_batches:
+        fitting = [n for n in range(1, 9) if config.mini_batch % (n * ways("batch")) == 0]
+        config = dataclasses.replace(config, micro_batches=max(fitting, default=1))
     check_divides(mesh_sizes(mesh), model, config.mini_batch // config.micro_batches, length)
     total = config.iterations * (config.batch // config.mini_batch)
     optimizers = (
@@ -313,7 +318,7 @@ def check(config: PPOConfig, has_score: bool) -> None:
         raise UserError("--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora")
     if config.int8 and config.nf4:
         raise UserError("--int8 and --nf4 were both given; the frozen weights have 8 bits or 4")
-    counts = ("iterations", "batch", "mini_batch", "max_new_tokens", "rows", "micro_batches")
+    counts = ("iterations", "batch", "mini_batch", "max_new_tokens", "rows")
     for name in counts:
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be 1 or more")
@@ -322,7 +327,7 @@ def check(config: PPOConfig, has_score: bool) -> None:
         raise UserError(
             f"--mini-batch {config.mini_batch} does not divide --batch {config.batch}; it may be one of {fitting}"
         )
-    if config.mini_batch % config.micro_batches:
+    if config.micro_batches < 0 or (config.micro_batches and config.mini_batch % config.micro_batches):
         raise UserError(f"--micro-batches {config.micro_batches} does not divide --mini-batch {config.mini_batch}")
     ranges = {
         "temperature": (config.temperature, 0 < config.temperature < math.inf, "above 0"),
@@ -368,7 +373,7 @@ def compile_steps(prepared: Run) -> tuple[Callable, Callable, dict[str, Any]]:
     config, mesh, actors = prepared.config, prepared.mesh, prepared.actors
     place = sharding(mesh, "batch", "length")
     shape = (config.mini_batch, prepared.length)
-    dtypes = Experience(jnp.int32, jnp.int32, jnp.bool_, *[jnp.float32] * 4)
+    dtypes = Experience(*[jnp.int32] * 3, jnp.bool_, *[jnp.float32] * 4)
     batch = Experience(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in dtypes))
     frozen = abstract_frozen(actors, mesh)
     states = describe_states(prepared)
@@ -384,6 +389,7 @@ def compile_steps(prepared: Run) -> tuple[Callable, Callable, dict[str, Any]]:
             config.compute,
             objective=objective,
             micro_batches=config.micro_batches,
+            skip_empty=True,
             layout=jax.tree.map(lambda leaf: leaf.sharding, state),
             assemble=assemble,
             seed=config.seed,
@@ -631,8 +637,9 @@ def update(
     own = batch_rows_of_process(mesh, config.mini_batch)
     of_policy: list[StepMetrics] = []
     of_critic: list[StepMetrics] = []
-    for rows in order.reshape(-1, config.mini_batch):
-        batch = to_devices(mesh, Experience(*(array[rows[own]] for array in experience)), config.mini_batch)
+    for numbers in order.reshape(-1, config.mini_batch):
+        whole = mini_batch_of(experience, numbers, config.mini_batch, config.micro_batches)
+        batch = to_devices(mesh, Experience(*(array[own] for array in whole)), config.mini_batch)
         if iteration >= config.critic_warmup:
             policy, metrics = parts.policy_step(policy, batch, under)
             of_policy.append(metrics)

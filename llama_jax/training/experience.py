@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import Compute
-from llama_jax.model.heads import RewardModel, score
+from llama_jax.model.heads import RewardModel
 from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import batch_rows_of_process, constrain
 from llama_jax.training import advantages
+from llama_jax.training.answer_rows import place, segment_ids, to_answers, to_rows
 from llama_jax.training.batches import to_devices
 from llama_jax.training.ppo_loss import Experience, policy_log_probs, token_values
 
@@ -33,6 +34,15 @@ class Answers(NamedTuple):
     """True where the target was drawn."""
     last_B: np.ndarray
     """int32: the place of the last real token, which a reward model reads."""
+
+
+class AnswerRows(NamedTuple):
+    """What the programs read: several answers to a row."""
+
+    tokens_BT: Any
+    targets_BT: Any
+    segment_ids_BT: Any
+    """int32, 0 for padding."""
 
 
 class Rewards(NamedTuple):
@@ -68,14 +78,16 @@ def make_answers(prompts: Sequence[Sequence[int]], drawn: Sequence[Sequence[int]
 
 
 class Programs:
-    """What the models say of answers, in parts of one size, on the ambient mesh; fetched to every process."""
+    """What the models say of answers, in parts of one size, on the ambient mesh; fetched to every process.
+
+    Several answers share a row. What is said of places that belong to no answer's token is 0.
+    """
 
     def __init__(self, mesh: Mesh, rows: int, temperature: float, compute: Compute):
         """Takes the rows of a part and the temperature that the answers were drawn at."""
         self._mesh, self._rows = mesh, rows
         self._log_probs = jax.jit(partial(_log_probs, temperature=temperature, compute=compute))
         self._values = jax.jit(partial(_values, compute=compute))
-        self._scores = jax.jit(partial(_scores, compute=compute))
 
     def log_probs(self, model: Transformer, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities of the targets and the entropy of what they are drawn from, nats, both (B, T) float32."""
@@ -87,17 +99,18 @@ class Programs:
 
     def scores(self, model: RewardModel, answers: Answers) -> np.ndarray:
         """A reward model's scores (B,), float32, read at the last real token."""
-        return self._in_parts(self._scores, model, answers)[0]
+        return self.values(model, answers)[np.arange(len(answers.last_B)), answers.last_B]
 
     def _in_parts(self, program: Callable, model: Any, answers: Answers) -> tuple[np.ndarray, ...]:
-        count, own, parts = len(answers.last_B), batch_rows_of_process(self._mesh, self._rows), []
-        for start in range(0, count, self._rows):
-            # The last part is filled up with the first row, so that it is compiled like the others.
-            numbers = np.arange(start, start + self._rows)
-            numbers = np.where(numbers < count, numbers, 0)[own]
-            part = to_devices(self._mesh, Answers(*(array[numbers] for array in answers)), self._rows)
-            parts.append([np.asarray(out) for out in program(model, part)])
-        return tuple(np.concatenate(outs)[:count] for outs in zip(*parts, strict=True))
+        count, length = answers.tokens_BT.shape
+        own = batch_rows_of_process(self._mesh, self._rows)
+        places = place(answers.last_B + 1, count + -count % self._rows, length)
+        tokens_BT, targets_BT = (to_rows(places, array) for array in (answers.tokens_BT, answers.targets_BT))
+        whole, parts = AnswerRows(tokens_BT, targets_BT, segment_ids(places)), []
+        for start in range(0, int(places.row_A.max()) + 1, self._rows):
+            part = AnswerRows(*(array[start : start + self._rows][own] for array in whole))
+            parts.append([np.asarray(out) for out in program(model, to_devices(self._mesh, part, self._rows))])
+        return tuple(to_answers(places, np.concatenate(outs)) for outs in zip(*parts, strict=True))
 
 
 def combine(
@@ -135,7 +148,8 @@ def make_experience(
     gamma: float,
     lam: float,
 ) -> tuple[Experience, np.ndarray]:
-    """What a batch's mini-batches are cut from, as numpy arrays; and the KL estimate (B, T) that entered the rewards.
+    """What a batch's mini-batches are made of, as numpy arrays with a row for each answer; and the KL estimate (B, T) that
+    entered the rewards.
 
     Args:
       answers: the batch.
@@ -152,6 +166,7 @@ def make_experience(
     experience = Experience(
         tokens_BT=answers.tokens_BT,
         targets_BT=answers.targets_BT,
+        segment_ids_BT=(np.arange(answers.tokens_BT.shape[1]) <= answers.last_B[:, None]).astype(np.int32),
         answer_mask_BT=answers.answer_mask_BT,
         old_log_probs_BT=log_probs_BT,
         advantages_BT=advantages_BT,
@@ -159,6 +174,20 @@ def make_experience(
         old_values_BT=values_BT,
     )
     return experience, kl_BT
+
+
+def mini_batch_of(experience: Experience, numbers: np.ndarray, rows: int, parts: int) -> Experience:
+    """The answers of these numbers, several to a row.
+
+    Args:
+      experience: from `make_experience`.
+      numbers: of the answers, at most as many as `rows`.
+      rows: of the mini-batch. Those that nothing is left for stay empty, whole micro-batches of them where it can be.
+      parts: micro-batches.
+    """
+    chosen = Experience(*(array[numbers] for array in experience))
+    places = place(chosen.segment_ids_BT.sum(1), rows, chosen.tokens_BT.shape[1], parts)
+    return Experience(*(to_rows(places, array) for array in chosen))._replace(segment_ids_BT=segment_ids(places))
 
 
 @jax.jit
@@ -170,15 +199,12 @@ def _experience(answers, whitened_B, log_probs_BT, reference_BT, values_BT, beta
     return advantages.whiten(advantages_BT, mask_BT), returns_BT, kl_BT
 
 
-def _log_probs(model: Transformer, answers: Answers, temperature: float, compute: Compute) -> tuple[jax.Array, ...]:
-    found = policy_log_probs(model, answers.tokens_BT, answers.targets_BT, temperature, compute)
+def _log_probs(model: Transformer, rows: AnswerRows, temperature: float, compute: Compute) -> tuple[jax.Array, ...]:
+    found = policy_log_probs(
+        model, rows.tokens_BT, rows.targets_BT, temperature, compute, segment_ids_BT=rows.segment_ids_BT
+    )
     return tuple(constrain(a_BT, None, None) for a_BT in found)
 
 
-def _values(critic: RewardModel, answers: Answers, compute: Compute) -> tuple[jax.Array]:
-    return (constrain(token_values(critic, answers.tokens_BT, compute), None, None),)
-
-
-def _scores(model: RewardModel, answers: Answers, compute: Compute) -> tuple[jax.Array]:
-    real_BT = (jnp.arange(answers.tokens_BT.shape[1]) <= answers.last_B[:, None]).astype(jnp.int32)
-    return (constrain(score(model, answers.tokens_BT, real_BT, answers.last_B[:, None], compute)[:, 0], None),)
+def _values(critic: RewardModel, rows: AnswerRows, compute: Compute) -> tuple[jax.Array]:
+    return (constrain(token_values(critic, rows.tokens_BT, compute, rows.segment_ids_BT), None, None),)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import Compute
-from llama_jax.model.heads import RewardModel
+from llama_jax.model.heads import RewardModel, positions
 from llama_jax.model.quantize import Int8, dequantize
 from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import constrain
@@ -22,12 +22,14 @@ from llama_jax.training.step import Objective
 
 
 class Experience(NamedTuple):
-    """Prompts, the answers that the policy drew, and what was found of them then: the batch of a step."""
+    """Prompts, the answers that the policy drew, and what was found of them then: the batch of a step, in rows."""
 
     tokens_BT: Any
-    """int32, padded on the right."""
+    """int32."""
     targets_BT: Any
     """int32, the token after each."""
+    segment_ids_BT: Any
+    """int32, 0 for padding, another number for each prompt with its answer that stands in a row."""
     answer_mask_BT: Any
     """bool, where the target is a token that the policy drew, the end-of-sequence token included."""
     old_log_probs_BT: Any
@@ -43,6 +45,8 @@ class Experience(NamedTuple):
 class PolicySums(NamedTuple):
     """Of one micro-batch; sums are over drawn tokens, each weighted by 1 / those of the whole batch: added, they are means."""
 
+    drawn: jax.Array
+    """Of 1: the micro-batch's share of the drawn tokens. Where it is 0, everything else is too, extremes as well."""
     kl: jax.Array
     """Of (r - 1) - log r, where r is the ratio of new to old probability: never negative, its mean estimates KL(old || new)."""
     clipped: jax.Array
@@ -50,9 +54,9 @@ class PolicySums(NamedTuple):
     entropy: jax.Array
     """Of the new policy's entropy at the sampling temperature, nats."""
     least_ratio: jax.Array
-    """Not a sum: inf without a drawn token."""
+    """Not a sum."""
     greatest_ratio: jax.Array
-    """Not a sum: -inf without a drawn token."""
+    """Not a sum."""
 
 
 class ValueSums(NamedTuple):
@@ -118,12 +122,14 @@ def policy_log_probs(
     temperature: float,
     compute: Compute,
     answer_mask_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`token_log_probs` under a model: the one function for the policy that drew, the one that learns, and the reference.
 
-    Given a mask, what is not finite in the hidden states outside of it stays there, and the results there mean nothing.
+    Rows are sequences, or hold several, told apart by `segment_ids_BT`. Given a mask, what is not finite in the hidden states
+    outside of it stays there, and the results there mean nothing.
     """
-    x_BTD = model.hidden(tokens_BT, compute=compute)
+    x_BTD = model.hidden(tokens_BT, **_apart(segment_ids_BT), compute=compute)
     if answer_mask_BT is not None:
         x_BTD = jnp.where(answer_mask_BT[..., None], x_BTD, 0)
     head_DV = model.output_head()
@@ -132,9 +138,18 @@ def policy_log_probs(
     return token_log_probs(x_BTD, head_DV.astype(x_BTD.dtype), targets_BT, temperature, compute.loss_chunk)
 
 
-def token_values(model: RewardModel, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
-    """The critic's estimate at every place, from the tokens up to there: (B, T), float32."""
-    return model.read(model.trunk.hidden(tokens_BT, compute=compute))
+def token_values(
+    model: RewardModel, tokens_BT: jax.Array, compute: Compute, segment_ids_BT: jax.Array | None = None
+) -> jax.Array:
+    """The critic's estimate at every place, from the tokens of its segment up to there: (B, T), float32."""
+    return model.read(model.trunk.hidden(tokens_BT, **_apart(segment_ids_BT), compute=compute))
+
+
+def _apart(segment_ids_BT: jax.Array | None) -> dict[str, jax.Array]:
+    """What a transformer needs to know of sequences that share rows."""
+    if segment_ids_BT is None:
+        return {}
+    return {"positions_BT": positions(segment_ids_BT), "segment_ids_BT": segment_ids_BT}
 
 
 def policy_objective(clip: float, temperature: float) -> Objective:
@@ -147,7 +162,7 @@ def policy_objective(clip: float, temperature: float) -> Objective:
     def sums(model: Transformer, batch: Experience, weights_BT: jax.Array, compute: Compute) -> LossSums:
         mask_BT = batch.answer_mask_BT
         log_probs_BT, entropy_BT = policy_log_probs(
-            model, batch.tokens_BT, batch.targets_BT, temperature, compute, mask_BT
+            model, batch.tokens_BT, batch.targets_BT, temperature, compute, mask_BT, batch.segment_ids_BT
         )
         # Before anything is computed from it: what is not finite elsewhere must reach neither loss nor gradient.
         log_ratio_BT = jnp.where(mask_BT, log_probs_BT - batch.old_log_probs_BT, 0.0)
@@ -156,6 +171,7 @@ def policy_objective(clip: float, temperature: float) -> Objective:
         within_BT = jnp.clip(ratio_BT, 1 - clip, 1 + clip)
         loss = -jnp.sum(weights_BT * jnp.minimum(ratio_BT * advantages_BT, within_BT * advantages_BT))
         seen = PolicySums(
+            drawn=jnp.sum(weights_BT),
             kl=jnp.sum(weights_BT * (jnp.expm1(log_ratio_BT) - log_ratio_BT)),
             clipped=jnp.sum(weights_BT * (within_BT != ratio_BT)),
             entropy=jnp.sum(weights_BT * entropy_BT),
@@ -178,7 +194,11 @@ def value_objective(clip: float | None = None) -> Objective:
         mask_BT = batch.answer_mask_BT
         values_BT, old_values_BT, returns_BT = (
             jnp.where(mask_BT, a, 0.0)
-            for a in (token_values(model, batch.tokens_BT, compute), batch.old_values_BT, batch.returns_BT)
+            for a in (
+                token_values(model, batch.tokens_BT, compute, batch.segment_ids_BT),
+                batch.old_values_BT,
+                batch.returns_BT,
+            )
         )
         errors_BT = returns_BT - values_BT
         squared_BT = errors_BT**2
@@ -194,12 +214,17 @@ def value_objective(clip: float | None = None) -> Objective:
 
 def policy_metrics(steps: Sequence[PolicySums]) -> dict[str, float]:
     """What the steps on a batch come to, from each one's extras: means of the steps' means, and the extremes of all ratios."""
+    drawn = [np.asarray(step.drawn) > 0 for step in steps]
     return {
         "approx_kl": _mean(steps, "kl"),
         "clip_fraction": _mean(steps, "clipped"),
         "entropy": _mean(steps, "entropy"),
-        "ratio_min": float(np.min([step.least_ratio for step in steps])),
-        "ratio_max": float(np.max([step.greatest_ratio for step in steps])),
+        "ratio_min": min(
+            float(np.asarray(step.least_ratio)[some].min()) for step, some in zip(steps, drawn, strict=True)
+        ),
+        "ratio_max": max(
+            float(np.asarray(step.greatest_ratio)[some].max()) for step, some in zip(steps, drawn, strict=True)
+        ),
     }
 
 

@@ -153,6 +153,7 @@ def make_train_step(
     *,
     objective: Objective = next_tokens(),  # noqa: B008 (a tuple, so immutable)
     micro_batches: int = 1,
+    skip_empty: bool = False,
     layout: TrainState | None = None,
     assemble: Assemble = whole_model,
     seed: int = 0,
@@ -169,6 +170,7 @@ def make_train_step(
       objective: what is minimised.
       micro_batches: parts the batch is split into, one after the other, to save memory; must divide the rows each
         device holds.
+      skip_empty: compute nothing for a part that has no targets; its extras are zeros.
       layout: shardings of the state on the ambient mesh, those of `abstract_state`; none on a single device.
       assemble: makes the model out of what is trained and what is frozen.
       seed: of what is random in it; every step and micro-batch has a key of its own.
@@ -201,9 +203,17 @@ def make_train_step(
             sums, grads = gradients(*part)
             return jax.tree.map(jnp.add, total, without_extras(sums, grads)), sums.extras
 
-        zeros = jax.tree.map(jnp.zeros_like, without_extras(*jax.eval_shape(gradients, batch, weights, key)))
+        def skip(total: Any, part: Any) -> tuple[Any, Any]:
+            return total, no_extras
+
+        def add_or_skip(total: Any, part: Any) -> tuple[Any, Any]:
+            return jax.lax.cond(part[1].any(), add, skip, total, part)
+
         parts = (*jax.tree.map(split, (batch, weights)), jax.random.split(key, micro_batches))
-        (sums, grads), extras = jax.lax.scan(add, zeros, parts)
+        shapes, shapes_of_grads = jax.eval_shape(gradients, *jax.tree.map(lambda a: a[0], parts))
+        no_extras = jax.tree.map(jnp.zeros_like, shapes.extras)
+        zeros = jax.tree.map(jnp.zeros_like, without_extras(shapes, shapes_of_grads))
+        (sums, grads), extras = jax.lax.scan(add_or_skip if skip_empty else add, zeros, parts)
         return sums._replace(extras=extras), grads
 
     def step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, StepMetrics]:

@@ -201,7 +201,7 @@ def test_each_answer_is_in_one_step_of_policy_and_critic(recipe, judges, tmp_pat
 
         def noted(name, step):
             def call(state, batch, frozen):
-                seen["steps"].append((name, np.asarray(batch.old_log_probs_BT)))
+                seen["steps"].append((name, jax.tree.map(np.asarray, batch)))
                 return step(state, batch, frozen)
 
             return call
@@ -215,11 +215,20 @@ def test_each_answer_is_in_one_step_of_policy_and_critic(recipe, judges, tmp_pat
         "log_probs",
         lambda self, model, answers: seen["log_probs"].append(1) or read(self, model, answers),
     )
-    ppo.run(dataclasses.replace(recipe, **judges, iterations=1, eval_prompts=0, out=str(tmp_path / "run")))
+    path, long = tmp_path / "prompts.jsonl", " and tell car sky tea"  # rows are long enough for two of the others
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (*QUESTIONS, QUESTIONS[0] + long)))
+    settings = {"data": PromptsConfig(sources=(str(path),)), "iterations": 1, "eval_prompts": 0}
+    ppo.run(dataclasses.replace(recipe, **judges, **settings, out=str(tmp_path / "run")))
     assert [name for name, _ in seen["steps"]] == ["policy", "critic"] * 2
     assert len(seen["log_probs"]) == 2, "the policy's and the reference's"
-    batch = np.concatenate([old for name, old in seen["steps"] if name == "policy"])
-    assert batch.shape[0] == 64 == len({row.tobytes() for row in batch}), "every row once"
+    batches = [batch for name, batch in seen["steps"] if name == "policy"]
+    answers = [
+        batch.old_log_probs_BT[(batch.segment_ids_BT == number) & batch.answer_mask_BT].tobytes()
+        for batch in batches
+        for number in np.unique(batch.segment_ids_BT[batch.segment_ids_BT > 0])
+    ]
+    assert len(answers) == 64 == len(set(answers)), "every answer once"
+    assert any(not batch.segment_ids_BT.any(1).all() for batch in batches), "they share rows, and some rows stay empty"
 
 
 def test_adam_has_the_papers_epsilon_and_the_rate_is_constant():

@@ -1,6 +1,7 @@
 """From answers to experience: masks, not ids, say what is real; one KL is logged and paid; padding and parts change nothing."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,7 +9,17 @@ from llama_jax.config import Compute, LlamaConfig
 from llama_jax.model.heads import trunk_config, with_scalar_head, without_head
 from llama_jax.model.transformer import init
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.training.experience import Programs, combine, make_answers, make_experience, of_function
+from llama_jax.training.experience import (
+    Programs,
+    combine,
+    make_answers,
+    make_experience,
+    mini_batch_of,
+    of_function,
+)
+from llama_jax.training.ppo_loss import explained_variance, policy_metrics, policy_objective, value_objective
+from llama_jax.training.step import make_train_step, new_state
+from tests.training.tiny import KEEP_GRADIENT, relative_error
 
 EOS = 2
 PROMPTS = [[1, 5, 6], [1, 7], [1, 5, 9, 9, 3]]
@@ -102,11 +113,19 @@ def test_longer_rows_change_nothing(drawn):
         assert other == pytest.approx(mine, abs=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_what_models_say_depends_neither_on_parts_nor_on_padding(rows):
-    """Three answers one at a time, in parts of which the last is filled up, and in one part that is."""
-    model = init(CONFIG, jax.random.key(0))
-    judge = with_scalar_head(without_head(model), trunk_config(CONFIG), jax.random.key(1))
+@pytest.fixture(scope="module")
+def model():
+    return init(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def judge(model):
+    return with_scalar_head(without_head(model), trunk_config(CONFIG), jax.random.key(1))
+
+
+@pytest.mark.parametrize(("length", "rows"), [(8, 1), (8, 2), (8, 4), (12, 2), (16, 1)])
+def test_what_models_say_depends_neither_on_parts_nor_on_padding_nor_on_neighbours(model, judge, length, rows):
+    """Three answers a row each, one at a time and in parts of which the last is filled up; two in a row; and all three."""
     mesh = make_mesh(devices=jax.devices()[:1])
 
     def read(length: int, rows: int):
@@ -118,5 +137,49 @@ def test_what_models_say_depends_neither_on_parts_nor_on_padding(rows):
         return programs.scores(judge, answers), log_probs_BT[mask_BT], entropy_BT[mask_BT], values_BT[mask_BT]
 
     with jax.set_mesh(mesh):
-        for ours, theirs in zip(read(8, rows), read(12, 3), strict=True):
+        for ours, theirs in zip(read(length, rows), read(6, 3), strict=True):
             assert ours == pytest.approx(theirs, abs=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["policy", "critic"])
+def test_a_step_on_answers_that_share_rows_is_the_step_on_a_row_for_each(model, judge, kind):
+    """Seven answers in three rows of eight, two of four micro-batches skipped: gradient, loss and report."""
+    random = np.random.default_rng(3)
+    prompts, drawn = (
+        [random.integers(3, 16, n).tolist() for n in ns] for ns in ((3, 2, 5, 1, 2, 3, 2), (2, 6, 1, 4, 9, 1, 2))
+    )
+    answers = make_answers(prompts, drawn, 16)
+    with jax.set_mesh(mesh := make_mesh(devices=jax.devices()[:1])):
+        old_BT, _ = Programs(mesh, 4, 0.7, COMPUTE).log_probs(model, answers)
+    noisy_BT, reference_BT, values_BT = old_BT + random.normal(size=(3, 7, 16)).astype(np.float32) * [
+        [[0.3]],
+        [[1]],
+        [[1]],
+    ]
+    experience, _ = make_experience(
+        answers,
+        random.normal(size=7).astype(np.float32),
+        noisy_BT,
+        reference_BT,
+        values_BT,
+        beta=0.1,
+        gamma=0.9,
+        lam=0.8,
+    )
+    packed = mini_batch_of(experience, np.arange(7)[::-1], 8, 4)
+    assert np.flatnonzero(packed.segment_ids_BT.any(1)).tolist() == [0, 1, 4], "rows of the first two parts"
+    start, objective = (model, policy_objective(0.2, 0.7)) if kind == "policy" else (judge, value_objective())
+    found = []
+    for batch, parts in ((experience, 1), (packed, 4)):
+        step = make_train_step(KEEP_GRADIENT, COMPUTE, objective=objective, micro_batches=parts, skip_empty=True)
+        state, metrics = step(new_state(jax.tree.map(jnp.array, start), KEEP_GRADIENT), batch)
+        found.append((state.opt_state, metrics))
+    (alone, of_alone), (shared, of_shared) = found
+    assert relative_error(shared, alone) < 2e-5
+    assert not any(np.asarray(extra)[2:].any() for extra in of_shared.extras), (
+        "computed, extreme ratios would be infinite"
+    )
+    assert float(of_shared.loss) == pytest.approx(float(of_alone.loss), rel=1e-5)
+    assert int(of_shared.targets) == int(of_alone.targets) == answers.answer_mask_BT.sum()
+    report = policy_metrics if start is model else lambda extras: {"variance": explained_variance(extras)}
+    assert report([of_shared.extras]) == pytest.approx(report([of_alone.extras]), rel=1e-4)

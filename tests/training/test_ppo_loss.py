@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
@@ -30,15 +29,11 @@ from llama_jax.training.ppo_loss import (
 )
 from llama_jax.training.step import make_train_step, new_state
 from tests.parity.numpy_llama import random_weights, to_ours
-from tests.training.tiny import FP32, MODEL, relative_error
+from tests.training.tiny import FP32, KEEP_GRADIENT, MODEL, relative_error
 
 ROWS, T, V = 8, 16, MODEL.vocab_size
 CLIP, TEMPERATURE = 0.2, 0.7
 
-# Its moments are the gradient itself, so that gradients can be compared without Adam's division.
-KEEP_GRADIENT = optax.GradientTransformation(
-    lambda model: jax.tree.map(jnp.zeros_like, model), lambda gradient, _, model: (gradient, gradient)
-)
 log_probs_of = jax.jit(policy_log_probs, static_argnums=(3, 4))
 
 
@@ -61,7 +56,7 @@ def experience(seed: int = 0) -> Experience:
     floats = random.normal(size=(4, ROWS, T)).astype(np.float32)
     floats[2] += 1  # or the critic's errors nearly cancel, and with them its bias's gradient
     mask_BT = (np.arange(T) >= start_B1) & (np.arange(T) < end_B1)
-    return Experience(tokens[:, :-1], tokens[:, 1:], mask_BT, *floats)
+    return Experience(tokens[:, :-1], tokens[:, 1:], np.ones((ROWS, T), np.int32), mask_BT, *floats)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +164,7 @@ def test_hidden_states_outside_of_answers_reach_neither_loss_nor_gradient(poison
     x_BTD, head_DV = random.normal(size=(ROWS, T, 8)), jnp.asarray(random.normal(size=(8, V)), jnp.float32)
 
     def loss(x_BTD, head_DV):
-        stub = SimpleNamespace(hidden=lambda tokens, compute: x_BTD, output_head=lambda: head_DV)
+        stub = SimpleNamespace(hidden=lambda tokens, **_: x_BTD, output_head=lambda: head_DV)
         return policy_objective(CLIP, TEMPERATURE).sums(stub, data, weights_of(data), FP32).loss
 
     inputs = (jnp.asarray(np.where(data.answer_mask_BT[..., None], x_BTD, bad), jnp.float32) for bad in (0, poison))
@@ -206,7 +201,7 @@ def test_the_surrogate_and_all_that_is_reported_are_the_papers_formulas(given_lo
     beyond = np.mean([abs(ratio - 1) > CLIP for ratio in ratios])
     assert 0.2 < beyond < 0.8
     np.testing.assert_allclose(got.loss, np.mean(losses), rtol=1e-5)
-    np.testing.assert_allclose(got.extras, (np.mean(kls), beyond, 1, min(ratios), max(ratios)), rtol=1e-5)
+    np.testing.assert_allclose(got.extras, (1, np.mean(kls), beyond, 1, min(ratios), max(ratios)), rtol=1e-5)
     assert float(got.nats) == float(got.loss) and float(got.correct) == 0
 
 
@@ -218,7 +213,7 @@ def test_beyond_the_clip_range_only_the_way_back_has_a_slope(given_log_probs, ra
     """Each case by hand: the slope of -ratio * advantage along the log-probability, or none."""
     one = np.ones((1, 1), np.float32)
     none = np.zeros((1, 1), np.int32)
-    data = Experience(none, none, one > 0, -2 * one, advantage * one, one, one)
+    data = Experience(none, none, none + 1, one > 0, -2 * one, advantage * one, one, one)
     got = jax.grad(lambda log_probs: policy_sums(log_probs, data).loss)(jnp.asarray(-2 + np.log(ratio) * one))
     np.testing.assert_allclose(got, [[slope]], rtol=1e-5)
 
@@ -238,9 +233,8 @@ def test_what_belongs_to_no_drawn_token_reaches_neither_loss_nor_gradient_nor_re
 def test_reports_of_several_steps_come_to_means_and_extremes(given_log_probs):
     log_ratios = (0.1, -0.5)
     steps = [policy_sums(experience(i).old_log_probs_BT + r, experience(i)).extras for i, r in enumerate(log_ratios)]
-    # Each of two micro-batches, one of them without a drawn token, as a step hands them on.
-    empty = policy_sums(np.zeros((ROWS, T)), experience()._replace(answer_mask_BT=np.zeros((ROWS, T), bool))).extras
-    empty = empty._replace(kl=0.0, clipped=0.0, entropy=0.0)
+    # Each of two micro-batches, one of them without a drawn token, as a step that skips it hands them on.
+    empty = jax.tree.map(np.zeros_like, steps[0])
     steps = [jax.tree.map(lambda *parts: np.stack(parts), step, empty) for step in steps]
     # A place without a drawn token has no ratio, not one of 1.
     alone = policy_metrics(steps[:1])
