@@ -325,11 +325,12 @@ def test_first_the_critic_may_learn_alone(recipe, judges, tmp_path):
 
 
 def test_adapters_share_one_backbone(recipe, base, tmp_path):
-    """Policy, reference, reward model and critic: the very same buffers; and they begin where whole models would."""
+    """Policy, reference, reward model and critic: the very same buffers; and they begin where whole models would. The policy's
+    dropout is off where answers are drawn and scored."""
     lora = LoraConfig(rank=2, targets=("wq_DNH", "w_up_DF"))
     judge = write_reward_model(tmp_path / "judge", base, seed=1, lora=lora)
     config = dataclasses.replace(
-        recipe, helpfulness=judge, train="lora", lora=LoraConfig(rank=4), out=str(tmp_path / "lora")
+        recipe, helpfulness=judge, train="lora", lora=LoraConfig(rank=4, dropout=0.3), out=str(tmp_path / "lora")
     )
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
