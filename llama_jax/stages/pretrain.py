@@ -20,6 +20,7 @@ from optax import GradientTransformation
 
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.load import load_model
+from llama_jax.data.packing import Batch
 from llama_jax.data.pipeline import Cursor, DataConfig, make_batches, training_documents
 from llama_jax.errors import UserError
 from llama_jax.generation.llama import Llama
@@ -248,6 +249,21 @@ def begin(
     return adopt(jax.tree.leaves(model)), Cursor()
 
 
+def describe_step(
+    config: PretrainConfig, optimizer: GradientTransformation, mesh: Mesh
+) -> tuple[Callable, tuple[TrainState, Batch]]:
+    """The training step, and the state and batch that it takes as shapes, dtypes and shardings."""
+    state = steps.abstract_state(config.model, optimizer, mesh)
+    train_step = steps.make_train_step(
+        optimizer,
+        config.compute,
+        objective=steps.next_tokens(config.z_loss),
+        micro_batches=config.micro_batches,
+        layout=jax.tree.map(lambda leaf: leaf.sharding, state),
+    )
+    return train_step, (state, steps.abstract_batch(mesh, config.rows, config.length))
+
+
 def compile_step(
     config: PretrainConfig, optimizer: GradientTransformation, mesh: Mesh
 ) -> tuple[Callable, dict[str, Any]]:
@@ -259,17 +275,8 @@ def compile_step(
     Raises:
       UserError: the compiler finds that it does not fit the device's memory.
     """
-    abstract = steps.abstract_state(config.model, optimizer, mesh)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    train_step = steps.make_train_step(
-        optimizer,
-        config.compute,
-        objective=steps.next_tokens(config.z_loss),
-        micro_batches=config.micro_batches,
-        layout=layout,
-    )
-    batch = steps.abstract_batch(mesh, config.rows, config.length)
-    compiled, plan = compiling.compile_step(train_step, mesh, config.model.n_params, abstract, batch)
+    train_step, arguments = describe_step(config, optimizer, mesh)
+    compiled, plan = compiling.compile_step(train_step, mesh, config.model.n_params, *arguments)
     own = {"steps": config.total_steps, "sequences_per_batch": config.rows}
     return compiled, {"recipe": dataclasses.asdict(config)} | plan | own
 

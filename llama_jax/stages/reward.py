@@ -28,6 +28,7 @@ from llama_jax.data.pairs import (
     BatchCursor,
     BatchShape,
     LoadedPairs,
+    PairBatch,
     PairOrder,
     PreferenceConfig,
     evenly_spaced,
@@ -209,7 +210,7 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
         nonlocal newest
         if not len(numbers):
             return {}
-        newest, scores = scorer.findings(assemble(prepared, state.model, frozen), held_out, numbers)
+        newest, scores = scorer.findings(assemble(config, state.model, frozen), held_out, numbers)
         named = dataclasses.asdict(newest) | {"score": scores.mean(), "margin": -np.diff(scores, axis=1).mean()}
         return {
             f"eval/{name}": float(value) for name, value in named.items() if name != "pairs" and math.isfinite(value)
@@ -240,13 +241,13 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
         evaluate=evaluate,
         evaluate_first=True,
     )
-    return assemble(prepared, state.model, frozen)
+    return assemble(config, state.model, frozen)
 
 
 def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, BatchCursor]:
     """The state to train from, what stays frozen beside it, and the place in the data."""
     config, mesh, optimizer = prepared.config, prepared.mesh, prepared.optimizer
-    abstract_state = describe_state(prepared)
+    abstract_state = describe_state(config, prepared.model, optimizer, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     frozen = without_head(load_model(prepared.checkpoint, mesh, config.compute.dtype)[0]) if prepared.is_lora else None
     if restored := checkpoints.restore_newest(abstract_state):
@@ -265,11 +266,11 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, Bat
     return jax.jit(fresh, out_shardings=layout, donate_argnums=0)(trunk), None, BatchCursor()
 
 
-def assemble(prepared: Run, trained: RewardModel, frozen: Any, key: jax.Array | None = None) -> RewardModel:
+def assemble(config: RewardConfig, trained: RewardModel, frozen: Any, key: jax.Array | None = None) -> RewardModel:
     """The whole model: what is trained, with adapters put into what is frozen; with a key, their dropout is on."""
-    if not prepared.is_lora:
+    if config.train != "lora":
         return trained
-    return dataclasses.replace(trained, trunk=adapt(frozen, trained.trunk, prepared.config.lora, key))
+    return dataclasses.replace(trained, trunk=adapt(frozen, trained.trunk, config.lora, key))
 
 
 def declared(config: RewardConfig, model: LlamaConfig) -> RewardModel:
@@ -278,13 +279,14 @@ def declared(config: RewardConfig, model: LlamaConfig) -> RewardModel:
     return dataclasses.replace(whole, trunk=describe_adapters(model, config.lora)) if config.train == "lora" else whole
 
 
-def describe_state(prepared: Run) -> TrainState:
+def describe_state(
+    config: RewardConfig, model: LlamaConfig, optimizer: GradientTransformation, mesh: Mesh
+) -> TrainState:
     """The state as shapes, dtypes and shardings."""
-    model = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding(prepared.mesh, *p.axes)),
-        declared(prepared.config, prepared.model),
+    trained = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding(mesh, *p.axes)), declared(config, model)
     )
-    return steps.abstract_new_state(model, prepared.optimizer, prepared.mesh)
+    return steps.abstract_new_state(trained, optimizer, mesh)
 
 
 def make_scorer(prepared: Run) -> PairScorer:
@@ -293,22 +295,31 @@ def make_scorer(prepared: Run) -> PairScorer:
     return PairScorer(prepared.mesh, config.compute, shape.rows // config.micro_batches, shape.length)
 
 
-def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
-    """Compiles the training step without any array; gives `step(state, batch, frozen)` and what it will take."""
-    config, mesh = prepared.config, prepared.mesh
-    state = describe_state(prepared)
-    frozen = abstract(prepared.model, mesh, config.compute.dtype) if prepared.is_lora else None
+def describe_step(
+    config: RewardConfig, model: LlamaConfig, shape: BatchShape, optimizer: GradientTransformation, mesh: Mesh
+) -> tuple[Callable, tuple[TrainState, PairBatch, Any]]:
+    """The training step for a transformer without a next-token head and batches of a shape, and the state, batch and frozen
+    weights that it takes as shapes, dtypes and shardings.
+    """
+    state = describe_state(config, model, optimizer, mesh)
+    frozen = abstract(model, mesh, config.compute.dtype) if config.train == "lora" else None
     train_step = steps.make_train_step(
-        prepared.optimizer,
+        optimizer,
         config.compute,
         objective=preferences_objective(config.margins, config.safety_weight),
         micro_batches=config.micro_batches,
         layout=jax.tree.map(lambda leaf: leaf.sharding, state),
-        assemble=partial(assemble, prepared),
+        assemble=partial(assemble, config),
         seed=config.seed,
     )
-    batch = abstract_pairs(mesh, prepared.shape)
-    return compiling.compile_step(train_step, mesh, prepared.model.n_params, state, batch, frozen)
+    return train_step, (state, abstract_pairs(mesh, shape), frozen)
+
+
+def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
+    """Compiles the training step without any array; gives `step(state, batch, frozen)` and what it will take."""
+    model, mesh = prepared.model, prepared.mesh
+    train_step, arguments = describe_step(prepared.config, model, prepared.shape, prepared.optimizer, mesh)
+    return compiling.compile_step(train_step, mesh, model.n_params, *arguments)
 
 
 def write_findings(prepared: Run, model: RewardModel) -> list[str]:

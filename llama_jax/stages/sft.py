@@ -30,8 +30,9 @@ from llama_jax.data.examples import (
     held_out_answer_batches,
     load_examples,
 )
+from llama_jax.data.packing import Batch
 from llama_jax.errors import UserError
-from llama_jax.model.lora import LoraConfig, adapt, describe_adapters
+from llama_jax.model.lora import Adapters, LoraConfig, adapt, describe_adapters
 from llama_jax.model.nf4 import nf4_abstract
 from llama_jax.model.quantize import quantize_abstract
 from llama_jax.model.transformer import Transformer, abstract
@@ -174,25 +175,39 @@ def prepare(config: SFTConfig, mesh: Mesh) -> Run:
     """
     if not config.checkpoint:
         raise UserError("name the model to fine-tune: llama-jax sft CHECKPOINT --data FILE.jsonl")
-    if (config.int8 or config.nf4) and config.train != "lora":
-        raise UserError("--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora")
-    if config.int8 and config.nf4:
-        raise UserError("--int8 and --nf4 were both given; the frozen weights have 8 bits or 4")
     checkpoint, model, tokenizer = open_pinned(config.checkpoint)
-    length = config.length or model.context_length
-    if length > model.context_length:
-        raise UserError(f"--length {length} is more than the model's context of {model.context_length} tokens")
-    if config.micro_batches < 1 or config.rows % config.micro_batches:
-        raise UserError(f"--micro-batches {config.micro_batches} does not divide the {config.rows} rows of a batch")
-    check_divides(mesh_sizes(mesh), model, config.rows // config.micro_batches, length)
+    length = check(config, model, mesh_sizes(mesh))
     template: Template = Plain() if config.plain else Llama2Chat()
     loaded = load_examples(config.data, tokenizer, template, length)
     packing = Packing(loaded.train, length, config.seed, config.data.weights)
     check_length(config, packing)
     total_steps = math.ceil(packing.count(config.epochs) / config.rows)
-    trained = describe_adapters(model, config.lora) if config.train == "lora" else model
-    optimizer = make_optimizer(config.optimizer, trained, total_steps)
+    optimizer = make_optimizer(config.optimizer, declared(config, model), total_steps)
     return Run(config, checkpoint, model, tokenizer, loaded, packing, total_steps, mesh, optimizer)
+
+
+def check(config: SFTConfig, model: LlamaConfig, sizes: dict[str, int]) -> int:
+    """Checks that the settings suit each other, the model and a mesh of these sizes, and gives the tokens in a row.
+
+    Raises:
+      UserError: they do not; says what would.
+    """
+    if (config.int8 or config.nf4) and config.train != "lora":
+        raise UserError("--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora")
+    if config.int8 and config.nf4:
+        raise UserError("--int8 and --nf4 were both given; the frozen weights have 8 bits or 4")
+    length = config.length or model.context_length
+    if length > model.context_length:
+        raise UserError(f"--length {length} is more than the model's context of {model.context_length} tokens")
+    if config.micro_batches < 1 or config.rows % config.micro_batches:
+        raise UserError(f"--micro-batches {config.micro_batches} does not divide the {config.rows} rows of a batch")
+    check_divides(sizes, model, config.rows // config.micro_batches, length)
+    return length
+
+
+def declared(config: SFTConfig, model: LlamaConfig) -> LlamaConfig | Adapters:
+    """What is trained, as `make_optimizer` takes it."""
+    return describe_adapters(model, config.lora) if config.train == "lora" else model
 
 
 def check_length(config: SFTConfig, packing: Packing) -> None:
@@ -261,28 +276,37 @@ def describe_state(prepared: Run) -> TrainState:
     return steps.abstract_state(prepared.model, prepared.optimizer, prepared.mesh, lora)
 
 
-def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
-    """Compiles the training step without any array; gives `step(state, batch, frozen)` and what it will take."""
-    config, mesh = prepared.config, prepared.mesh
-    state = describe_state(prepared)
+def describe_step(
+    config: SFTConfig, model: LlamaConfig, length: int, optimizer: GradientTransformation, mesh: Mesh
+) -> tuple[Callable, tuple[TrainState, Batch, Any]]:
+    """The training step for a model and rows of `length` tokens, and the state, batch and frozen weights that it takes as
+    shapes, dtypes and shardings.
+    """
+    state = steps.abstract_state(model, optimizer, mesh, config.lora if config.train == "lora" else None)
     frozen, assemble = None, steps.whole_model
-    if prepared.is_lora:
-        frozen = abstract(prepared.model, mesh, config.compute.dtype)
+    if config.train == "lora":
+        frozen = abstract(model, mesh, config.compute.dtype)
         frozen = quantize_abstract(frozen) if config.int8 else nf4_abstract(frozen) if config.nf4 else frozen
 
         def assemble(adapters: Any, frozen: Transformer, key: jax.Array) -> Transformer:
             return adapt(frozen, adapters, config.lora, key)
 
     train_step = steps.make_train_step(
-        prepared.optimizer,
+        optimizer,
         config.compute,
         micro_batches=config.micro_batches,
         layout=jax.tree.map(lambda leaf: leaf.sharding, state),
         assemble=assemble,
         seed=config.seed,
     )
-    batch = steps.abstract_batch(mesh, config.rows, prepared.packing.length)
-    return compiling.compile_step(train_step, mesh, prepared.model.n_params, state, batch, frozen)
+    return train_step, (state, steps.abstract_batch(mesh, config.rows, length), frozen)
+
+
+def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
+    """Compiles the training step without any array; gives `step(state, batch, frozen)` and what it will take."""
+    config, model, mesh = prepared.config, prepared.model, prepared.mesh
+    train_step, arguments = describe_step(config, model, prepared.packing.length, prepared.optimizer, mesh)
+    return compiling.compile_step(train_step, mesh, model.n_params, *arguments)
 
 
 def make_evaluation(prepared: Run, frozen: Any) -> Callable[[TrainState], dict[str, float]]:
