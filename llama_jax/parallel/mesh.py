@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import LlamaConfig
@@ -170,15 +171,31 @@ def format_mesh(sizes: dict[str, int]) -> str:
 def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the mesh that `text` describes (see `parse_mesh`) over all devices, or over those given.
 
+    Devices of several TPU slices lie along `data`, so that gradients alone cross the network between slices; `auto` is then
+    that many replicas.
+
     Raises:
       UserError: the text cannot be read or does not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = parse_mesh(text, len(devices))
+    slices = len({getattr(device, "slice_index", None) for device in devices if device.platform == "tpu"}) or 1
+    sizes = mesh_sizes_of(text, len(devices), slices)
     # Auto axis types: the partitioner follows the constraints; jax.make_mesh would default to explicit ones.
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+    within = sizes | {"data": sizes["data"] // slices}
+    between = dict.fromkeys(MESH_AXES, 1) | {"data": slices}
+    laid = mesh_utils.create_hybrid_device_mesh(tuple(within.values()), tuple(between.values()), devices)
+    return Mesh(laid, MESH_AXES, axis_types=types)
+
+
+def mesh_sizes_of(text: str, n_devices: int, slices: int = 1) -> dict[str, int]:
+    """`parse_mesh` for devices of one or several slices. Raises UserError as it, or if `data` does not span the slices."""
+    sizes = parse_mesh(f"data={slices},fsdp=-1" if text == "auto" and slices > 1 else text, n_devices)
+    if sizes["data"] % slices:
+        raise UserError(f"mesh {format_mesh(sizes)}: data must be a multiple of the {slices} slices, which it spans")
+    return sizes
 
 
 def mesh_sizes(mesh: Mesh) -> dict[str, int]:

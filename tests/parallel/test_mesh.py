@@ -149,3 +149,43 @@ def test_each_device_runs_a_kernel_on_its_own_part():
         np.testing.assert_array_equal(jax.jit(per_device(double, in_specs=(spec,), out_specs=spec))(x), 2 * x)
     assert seen == [(8, 6), (2, 3)]
     assert ways("batch") == 1
+
+
+def devices_of_slices(slices: int, chips: int) -> list:
+    """Fake TPU devices in a line, slice by slice."""
+    return [
+        SimpleNamespace(
+            platform="tpu",
+            device_kind="TPU v5 lite",
+            id=n,
+            process_index=n // 4,
+            slice_index=n // chips,
+            coords=(n % chips, 0, 0),
+            core_on_chip=0,
+        )
+        for n in range(slices * chips)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("auto", (2, 8, 1, 1)),
+        ("data=4,fsdp=-1", (4, 4, 1, 1)),
+        ("data=2,fsdp=4,tensor=2", (2, 4, 1, 2)),
+    ],
+)
+def test_slices_lie_along_data(text, sizes, monkeypatch):
+    """Only `data`, whose devices exchange gradients and nothing else, spans two slices: each of its parts lies within one."""
+    kept = []
+    monkeypatch.setattr(mesh_module, "Mesh", lambda devices, axes, axis_types: kept.append(devices))
+    make_mesh(text, devices_of_slices(2, 8))
+    (laid,) = kept
+    assert laid.shape == sizes
+    slices = np.vectorize(lambda device: device.slice_index)(laid)
+    assert (slices == np.sort(slices, axis=0)).all() and all(len(np.unique(part)) == 1 for part in slices)
+
+
+def test_slices_that_data_does_not_span_are_refused():
+    with pytest.raises(UserError, match="mesh fsdp=16: data must be a multiple of the 2 slices, which it spans"):
+        make_mesh("fsdp=16", devices_of_slices(2, 8))
