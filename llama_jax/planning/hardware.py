@@ -1,7 +1,8 @@
 """Chips as data: the peaks that MFU, rooflines and memory plans are measured against.
 
 TPU figures are Google's published specifications, GPU figures NVIDIA's data sheets: dense bf16 (no sparsity), memory in
-units of 1e9 bytes.
+units of 1e9 bytes. What plans need beside the peaks is known for TPUs alone: links, the network between slices, clock and
+power.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,16 @@ class Chip:
     """Memory bandwidth of the chip in bytes/s."""
     devices: int = 1
     """How many jax devices share the chip."""
+    link_bytes_per_s: float = 0.0
+    """Bandwidth of one link to a neighbouring chip, in one direction, in bytes/s; 0: not known."""
+    network_bytes_per_s: float = 0.0
+    """The chip's share of its host's network to other slices, in one direction, in bytes/s; 0: not known."""
+    clock_hz: float = 0.0
+    """What the compiler's cycle estimates are counted in, in 1/s; 0: not known."""
+    usable_bytes: float = 0.0
+    """Of the memory, what the compiler lets a program have, in bytes; 0: not known."""
+    watts: float = 0.0
+    """Published power of the chip under load, in watts; 0: none is published."""
 
     @property
     def device_peak_bf16_flops(self) -> float:
@@ -28,10 +39,40 @@ class Chip:
         return self.peak_bf16_flops / self.devices
 
 
-V4 = Chip("v4", 275e12, 32e9, 1.2e12)
-V5E = Chip("v5e", 197e12, 16e9, 0.82e12)
-V5P = Chip("v5p", 459e12, 95e9, 2.77e12)
-V6E = Chip("v6e", 918e12, 32e9, 1.64e12)
+# Links: Google gives the bandwidth of a chip, both directions of its 6 (v4, v5p) or 4 (v5e, v6e) links together: 600, 400,
+# 1200 and 800 GB/s. Network: 25, 50 and 100 Gbit/s a chip (v5e and v6e as a pod's over 256); v4 as v5p, our assumption. Clock:
+# the peak over the FLOPs of a cycle, 32768 for each of a chip's 128 x 128 matrix units (8, 4, 8; v6e: 4 x 131072). Usable:
+# what libtpu 0.0.42 says is there when a program does not fit. Power: v4 in Jouppi et al. 2023, the most that they measured;
+# none is published for the others.
+V4 = Chip(
+    *("v4", 275e12, 32e9, 1.2e12),
+    link_bytes_per_s=50e9,
+    network_bytes_per_s=6.25e9,
+    clock_hz=1.05e9,
+    usable_bytes=30.75 * 2**30,
+    watts=192.0,
+)
+V5E = Chip(
+    *("v5e", 197e12, 16e9, 0.82e12),
+    link_bytes_per_s=50e9,
+    network_bytes_per_s=3.125e9,
+    clock_hz=1.5e9,
+    usable_bytes=15.75 * 2**30,
+)
+V5P = Chip(
+    *("v5p", 459e12, 95e9, 2.77e12),
+    link_bytes_per_s=100e9,
+    network_bytes_per_s=6.25e9,
+    clock_hz=1.75e9,
+    usable_bytes=95.74 * 2**30,
+)
+V6E = Chip(
+    *("v6e", 918e12, 32e9, 1.64e12),
+    link_bytes_per_s=100e9,
+    network_bytes_per_s=12.5e9,
+    clock_hz=1.75e9,
+    usable_bytes=31.25 * 2**30,
+)
 V7X = Chip("v7x", 2307e12, 192e9, 7.4e12, devices=2)
 # The T4 has no bf16 units: the figure is its fp16 peak, which bf16 work there does not reach.
 T4 = Chip("T4", 65e12, 16e9, 0.32e12)

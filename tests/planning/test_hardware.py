@@ -79,3 +79,16 @@ def test_a_cpu_has_no_peak():
 def test_two_devices_share_a_v7x_chip():
     assert hardware.V7X.device_peak_bf16_flops == 2307e12 / 2
     assert all(chip.devices == 1 for chip in hardware.CHIPS if chip is not hardware.V7X)
+
+
+# Both directions of all links, GB/s; the network between slices, Gbit/s a chip; matrix units of 128 x 128, or their equal.
+LINKS = {"v4": (600, 6, 50, 8), "v5e": (400, 4, 25, 4), "v5p": (1200, 6, 50, 8), "v6e": (800, 4, 100, 16)}
+
+
+@pytest.mark.parametrize("chip", [hardware.V4, hardware.V5E, hardware.V5P, hardware.V6E], ids=lambda chip: chip.name)
+def test_links_network_and_clock_follow_from_what_is_published(chip):
+    links, count, network, units = LINKS[chip.name]
+    assert chip.link_bytes_per_s == links * 1e9 / count / 2
+    assert chip.network_bytes_per_s == network * 1e9 / 8
+    assert chip.clock_hz == pytest.approx(chip.peak_bf16_flops / (units * 2 * 128**2), rel=5e-3)
+    assert 0.95 * chip.hbm_bytes < chip.usable_bytes < 1.1 * chip.hbm_bytes
