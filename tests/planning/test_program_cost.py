@@ -1,0 +1,177 @@
+"""What a program costs, counted from its text: on programs whose cost is known, compiled here, and on lines as TPUs have them."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llama_jax.parallel.mesh import make_mesh, mesh_sizes
+from llama_jax.planning.hlo import parse
+from llama_jax.planning.program_cost import program_cost, replica_groups
+
+MESH_TEXT = "fsdp=4,tensor=2"
+
+
+def cost_of(function, *arguments):
+    return program_cost(parse(jax.jit(function).lower(*arguments).compile().as_text()), 8)
+
+
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MESH_TEXT)
+
+
+def test_a_matmul_is_two_flops_a_product_and_its_arrays_once():
+    cost = cost_of(lambda a, b: a @ b, floats(64, 32), floats(32, 16))
+    assert cost.flops == 2 * 64 * 32 * 16
+    assert cost.hbm_bytes == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert not cost.collectives
+
+
+def test_batched_matmuls_and_gradients():
+    def scores(q, k):
+        return jnp.einsum("bthd,bshd->bhts", q, k)
+
+    q, k = floats(2, 7, 3, 8), floats(2, 9, 3, 8)
+    forward = 2 * 2 * 7 * 9 * 3 * 8
+    assert cost_of(scores, q, k).flops == forward
+    assert cost_of(jax.grad(lambda q, k: (scores(q, k) ** 2).sum(), (0, 1)), q, k).flops == 3 * forward
+
+
+def test_a_loop_counts_as_often_as_it_runs_within_another_too():
+    def layers(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    def steps(x, w):
+        return jax.lax.scan(lambda x, _: (layers(x, w), None), x, None, length=3)[0]
+
+    assert cost_of(layers, floats(8, 32), floats(5, 32, 32)).flops == 5 * 2 * 8 * 32 * 32
+    assert cost_of(steps, floats(8, 32), floats(5, 32, 32)).flops == 3 * 5 * 2 * 8 * 32 * 32
+
+
+def test_a_loop_reads_the_slice_it_takes_and_not_the_whole():
+    def layers(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x + w), None), x, w)[0]
+
+    n, size = 50, 4 * 64 * 64
+    cost = cost_of(layers, floats(64, 64), floats(n, 64, 64))
+    # Every step reads x and a slice and writes x, through a copy or two; reading all of w would be n * n slices.
+    assert 3 * n * size <= cost.hbm_bytes <= 8 * n * size
+
+
+def collectives_of(mesh, function, in_spec, out_spec, *shape):
+    """Kind, bytes, axes and times of the collectives of a function of one array's parts."""
+    argument = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, in_spec))
+    run = jax.shard_map(function, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)
+    found = cost_of(run, argument).collectives
+    return [(one.kind, one.bytes, one.axes(mesh_sizes(mesh)), one.times) for one in found]
+
+
+P = PartitionSpec
+WHOLE = 4 * 32 * 16
+
+
+@pytest.mark.parametrize(
+    ("function", "in_spec", "out_spec", "expected"),
+    [
+        (lambda x: jax.lax.all_gather(x, "fsdp", tiled=True), P("fsdp"), P(), ("all-gather", WHOLE, ("fsdp",))),
+        (lambda x: jax.lax.psum(x, ("fsdp", "tensor")), P(), P(), ("all-reduce", WHOLE, ("fsdp", "tensor"))),
+        (
+            lambda x: jax.lax.psum_scatter(x, "tensor", tiled=True),
+            P(),
+            P("tensor"),
+            ("reduce-scatter", WHOLE, ("tensor",)),
+        ),
+        (
+            lambda x: jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]),
+            P("fsdp"),
+            P("fsdp"),
+            ("collective-permute", WHOLE / 4, ("fsdp",)),
+        ),
+        (
+            lambda x: jax.lax.all_to_all(x, "fsdp", 0, 1, tiled=True),
+            P("fsdp"),
+            P("fsdp"),
+            ("all-to-all", WHOLE / 4, ("fsdp",)),
+        ),
+    ],
+)
+def test_a_collective_is_known_by_kind_bytes_and_axes(mesh, function, in_spec, out_spec, expected):
+    assert collectives_of(mesh, function, in_spec, out_spec, 32, 16) == [(*expected, 1)]
+
+
+def test_a_sharded_matmul_does_its_share_and_sums_the_rest(mesh):
+    def sharded(shape, *spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+
+    def multiply(a, b):
+        return jax.lax.with_sharding_constraint(a @ b, NamedSharding(mesh, P()))
+
+    cost = cost_of(multiply, sharded((64, 32), None, "fsdp"), sharded((32, 16), "fsdp", None))
+    (exchange,) = cost.collectives
+    assert cost.flops == 2 * 64 * 32 * 16 / 4
+    assert (exchange.kind, exchange.bytes, exchange.axes(mesh_sizes(mesh))) == ("all-reduce", 64 * 16 * 4, ("fsdp",))
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,4]<=[8], x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}, x", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}, x", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("channel_id=1", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_groups_of_devices_in_every_form_they_are_written_in(written, groups):
+    assert replica_groups(written, 8).tolist() == groups
+
+
+# As libtpu writes them: a matmul over 32 heads as a convolution that slides over padding, beside it a gather that two of them
+# hide; a loop around a ring; and one kernel of splash attention.
+TPU = Path(__file__).with_name("tpu_program.txt").read_text()
+
+
+def test_a_tpus_matmuls_kernels_and_collectives():
+    cost = program_cost(parse(TPU), 16)
+    # The window slides over 32 places, and meets an element of the input in one product for each output.
+    assert cost.matmul_flops == 2 * (2 * 2 * 4096 * 4096 * 32 * 128)
+    # 8 x 8 blocks, of which a causal mask leaves 36; scores and values.
+    assert cost.kernel_flops == 2 * 2 * (2 * 32) * 128 * 36 * 512 * 512
+    assert cost.estimated_cycles == 200
+    # The gather runs beside two matmuls and is one; the permutation is in a loop that counts to 8 by twos.
+    known = [(one.kind, one.bytes, one.groups.shape, one.times) for one in cost.collectives]
+    assert known == [("all-gather", 2 * 4096, (1, 16), 1), ("collective-permute", 8, (2, 2), 4)]
+    # Each matmul reads its input and writes its output; its weights lie on the chip, and what is gathered is counted once.
+    array = 2 * 2 * 4096 * 4096
+    kernel, counter = 4 * array, 4 * 12
+    gather, permutations = 2 * (4096 + 256), 4 * 2 * 8
+    assert cost.hbm_bytes == 2 * 2 * array + kernel + counter + gather + permutations
+
+
+def test_an_unknown_kernel_is_named_and_not_guessed():
+    cost = program_cost(parse(TPU.replace("splash_mha_fwd_segmented.2", "my_kernel.7")), 16)
+    assert cost.kernel_flops == 0 and cost.unknown_kernels == ("my_kernel",)
+
+
+def test_a_loop_that_cannot_be_counted_is_an_error_and_no_guess():
+    with pytest.raises(ValueError, match="cond does not compare a counter with a constant"):
+        program_cost(parse(TPU.replace("direction=LT", "direction=NE")), 16)
+
+
+def test_spans_of_queries_count_the_one_that_sees_most():
+    spans = TPU.replace("custom-call(%q, %q, %q)", "custom-call(%q, %k, %k)").replace(
+        "%x = bf16[4]{0} parameter(5)", "%x = bf16[4]{0} parameter(5)\n  %k = bf16[2,32,8192,128]{3,2,1,0} parameter(6)"
+    )
+    blocks = np.arange(9, 17).sum()  # queries 8 to 15 of 16 blocks
+    assert program_cost(parse(spans), 16).kernel_flops == 2 * 2 * (2 * 32) * 128 * blocks * 512 * 512
