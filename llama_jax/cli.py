@@ -20,6 +20,7 @@ OK, BUG, BAD_INPUT, DIVERGED, PREEMPTED, INTERRUPTED, READER_GONE = 0, 1, 2, 3, 
 # words behind the verb; and what it does, in a line.
 VERBS = {
     "doctor": ("first_steps", "what this machine has, what is missing, and the command that installs it"),
+    "plan": ("planning", "what a recipe takes of a TPU slice, and how fast it can be, without a TPU"),
     "tokenizer": ("text", "train a SentencePiece tokenizer, look into one, encode, decode"),
     "tokenize": ("text", "turn text into token shards once, for corpora that are read often"),
     "pretrain": ("training", "train a model from a recipe; any field can be overridden"),

@@ -38,6 +38,18 @@ def config_with_flags(config: Config, name: str, description: str, flags: Sequen
     )
 
 
+def own_flags(flags_class: type[Config], name: str, description: str, words: Sequence[str]) -> tuple[Config, list[str]]:
+    """The flags of a verb that has some beside those of a recipe, and the words that are left for the recipe."""
+    return tyro.cli(
+        flags_class,
+        args=list(words),
+        prog=f"llama-jax {name}",
+        description=description,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        return_unknown_args=True,
+    )
+
+
 def show_fields(config_class: type, name: str, description: str) -> None:
     """Prints the help of a verb whose flags are the fields of a config, and exits."""
     tyro.cli(config_class, args=["--help"], prog=f"llama-jax {name}", description=description, config=_NO_SUBCOMMANDS)

@@ -1,0 +1,142 @@
+"""The training step of a recipe, as the recipe's own stage makes it, without checkpoint, tokenizer or data.
+
+What a run would find in its data, a plan assumes, and says so.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from jax.sharding import Mesh
+
+from llama_jax import config as presets
+from llama_jax.config import LlamaConfig
+from llama_jax.data.pairs import BatchShape
+from llama_jax.errors import UserError
+from llama_jax.model.heads import trunk_config
+from llama_jax.parallel.mesh import RULES, check_divides
+from llama_jax.stages import pretrain, reward, sft
+from llama_jax.training.optimizer import make_optimizer, warmed_up
+from llama_jax.training.run_config import RunConfig
+
+# A schedule's length changes a constant of the step and nothing else.
+_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is compiled for a recipe, and what a step of it works through."""
+
+    stage: str
+    config: RunConfig
+    model: LlamaConfig
+    rows: int
+    """In a global batch."""
+    length: int
+    """Tokens in a row."""
+    total_tokens: int | None
+    """Of the whole run, where the recipe says."""
+    describe: Callable[[Mesh], tuple[Callable, tuple]]
+    """The step, and its arguments as shapes, dtypes and shardings; to be called outside `jax.set_mesh`, because the optimizer
+    computes a few numbers, which a mesh of absent devices cannot.
+    """
+    assumptions: tuple[str, ...] = ()
+
+
+def check_plannable(config: object) -> None:
+    """Raises UserError for what is no recipe of a stage whose step can be planned."""
+    if not isinstance(config, pretrain.PretrainConfig | sft.SFTConfig | reward.RewardConfig):
+        stage = type(config).__name__.removesuffix("Config")
+        raise UserError(f"a recipe of {stage} cannot be planned; those of pretrain, sft and reward can")
+
+
+def job_of(config: RunConfig, model: LlamaConfig | None, sizes: dict[str, int]) -> Job:
+    """What to compile for a recipe on a mesh of these sizes.
+
+    Args:
+      config: of pretraining, fine-tuning or reward modelling.
+      model: the architecture, where the recipe names a checkpoint instead.
+      sizes: devices per mesh axis.
+
+    Raises:
+      UserError: the recipe does not suit the mesh, or its model is not known.
+    """
+    match config:
+        case pretrain.PretrainConfig():
+            return _pretrain(config if model is None else replace(config, model=model), sizes)
+        case sft.SFTConfig():
+            return _sft(config, model or _named(config.checkpoint), sizes)
+        case _:
+            return _reward(config, model or _named(config.checkpoint), sizes)
+
+
+def preset(name: str) -> LlamaConfig:
+    """The architecture of a name such as LLAMA2_7B or llama2-7b. Raises UserError for others; lists them."""
+    known = {key: value for key, value in vars(presets).items() if isinstance(value, LlamaConfig)}
+    found = known.get(name.upper().replace("-", "_"))
+    if found is None:
+        raise UserError(f"--model-preset {name}: there is no such model; it is one of {', '.join(known)}")
+    return found
+
+
+def _named(checkpoint: str) -> LlamaConfig:
+    """The architecture that a checkpoint's usual name says (Llama-2-7b-hf): a plan reads no checkpoint."""
+    sizes = {"7b": presets.LLAMA2_7B, "13b": presets.LLAMA2_13B, "34b": presets.LLAMA2_34B, "70b": presets.LLAMA2_70B}
+    name = checkpoint.rstrip("/").rpartition("/")[2].lower()
+    found = [model for size, model in sizes.items() if "llama-2" in name and size in name.split("-")]
+    if not found:
+        raise UserError(
+            f"a plan reads no checkpoint, and the name {checkpoint!r} does not say what model it is; "
+            "name it with --model-preset, such as --model-preset llama2-7b"
+        )
+    return found[0]
+
+
+def _pretrain(config: pretrain.PretrainConfig, sizes: dict[str, int]) -> Job:
+    pretrain.check_batch(config)
+    check_divides(sizes, config.model, config.rows // config.micro_batches, config.length)
+    optimizer = make_optimizer(config.optimizer, config.model, config.total_steps)
+    return Job(
+        "pretrain",
+        config,
+        config.model,
+        config.rows,
+        config.length,
+        config.train_tokens,
+        lambda mesh: pretrain.describe_step(config, optimizer, mesh),
+    )
+
+
+def _sft(config: sft.SFTConfig, model: LlamaConfig, sizes: dict[str, int]) -> Job:
+    length = sft.check(config, model, sizes)
+    optimizer = make_optimizer(config.optimizer, sft.declared(config, model), _STEPS)
+    return Job(
+        "sft",
+        config,
+        model,
+        config.rows,
+        length,
+        None,
+        lambda mesh: sft.describe_step(config, model, length, optimizer, mesh),
+        ("rows are full: the dialogues are not read",),
+    )
+
+
+def _reward(config: reward.RewardConfig, whole: LlamaConfig, sizes: dict[str, int]) -> Job:
+    # The most that data can ask for: every pair as long as is allowed, so that it fills a row of its own.
+    length = config.length or whole.context_length
+    multiple = config.micro_batches * math.prod(sizes[axis] for axis in RULES["batch"])
+    shape = BatchShape(config.pairs + -config.pairs % multiple, length, 1)
+    check_divides(sizes, whole, shape.rows // config.micro_batches, length)
+    model = trunk_config(whole)
+    optimizer = make_optimizer(warmed_up(config.optimizer, _STEPS), reward.declared(config, model), _STEPS)
+    return Job(
+        "reward",
+        config,
+        model,
+        shape.rows,
+        length,
+        None,
+        lambda mesh: reward.describe_step(config, model, shape, optimizer, mesh),
+        (f"every pair fills a row of {length} tokens, the most that data can ask for: the pairs are not read",),
+    )

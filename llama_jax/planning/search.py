@@ -1,0 +1,181 @@
+"""Looking for a plan that fits, or for a better one: micro-batches, what is recomputed, and the mesh.
+
+Compiling takes minutes, so only what is likely to fit is compiled. What a candidate takes is guessed from a plan that was
+refused: the state by the shapes of its arguments, activations in proportion to the tokens that a chip holds at once.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import UserError
+from llama_jax.parallel.mesh import MESH_AXES, RULES, format_mesh
+from llama_jax.planning.plan import Plan
+from llama_jax.planning.programs import Job, job_of
+from llama_jax.planning.topology import Topology
+from llama_jax.training.run_config import RunConfig
+
+REMAT = ("none", "dots", "attention", "full")
+"""From the most memory to the least."""
+_HEADROOM = 0.97  # of the chip's memory: a guess that fills all of it is compiled in vain
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a recipe."""
+
+    mesh: dict[str, int]
+    micro_batches: int
+    remat: str
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The recipe run this way."""
+        compute = replace(config.compute, remat=self.remat)
+        return replace(config, mesh=format_mesh(self.mesh), micro_batches=self.micro_batches, compute=compute)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ended with."""
+
+    plan: Plan | None
+    tried: tuple[Plan, ...]
+
+
+def nearest_that_fits(
+    config: RunConfig,
+    model: LlamaConfig | None,
+    topology: Topology,
+    refused: Plan,
+    compile_job: Callable[[Job], Plan],
+    tries: int,
+) -> Found:
+    """The least change to a refused plan that fits: more micro-batches first, then more recomputed, then another mesh.
+
+    Args:
+      config: the recipe that was refused.
+      model: see `job_of`.
+      topology: the slices.
+      refused: its plan.
+      compile_job: gives a job's plan.
+      tries: how many candidates to compile at most.
+    """
+    here = Candidate(refused.mesh, refused.micro_batches, refused.remat)
+    fuller = REMAT[REMAT.index(refused.remat) :]
+    same_mesh = [
+        Candidate(refused.mesh, micro, remat)
+        for remat in fuller
+        for micro in _micro_batches(refused.rows, refused.mesh, at_least=refused.micro_batches)
+    ]
+    others = [
+        Candidate(mesh, micro, "full")
+        for mesh in sorted(meshes(topology), key=lambda mesh: (mesh["tensor"] * mesh["context"], mesh["data"]))
+        if mesh != refused.mesh
+        for micro in _micro_batches(refused.rows, mesh)
+    ]
+    jobs = _jobs((one for one in (*same_mesh, *others) if one != here), config, model)
+    jobs = ((one, job) for one, job in jobs if _guess(one, job, refused) <= _HEADROOM * _available(refused))
+    tried = []
+    for _, job in itertools.islice(jobs, tries):
+        tried.append(compile_job(job))
+        if tried[-1].fits:
+            return Found(tried[-1], tuple(tried))
+    return Found(None, tuple(tried))
+
+
+def best(
+    config: RunConfig,
+    model: LlamaConfig | None,
+    topology: Topology,
+    compile_job: Callable[[Job], Plan],
+    tries: int,
+) -> Found:
+    """The fastest of the meshes that are likely to be, with the fewest micro-batches that fit, by the bound of their plans.
+
+    Our choice of likely: fully sharded first, then as little `tensor` and `context` as there can be, which cost a collective
+    inside every matmul's path. What is recomputed stays as the recipe says.
+    """
+    tried: list[Plan] = []
+    order = sorted(meshes(topology), key=lambda mesh: (mesh["tensor"] * mesh["context"], mesh["data"], mesh["context"]))
+    refused: Plan | None = None
+    for mesh in order:
+        rows = next((job.rows for _, job in _jobs([Candidate(mesh, 1, config.compute.remat)], config, model)), None)
+        if rows is None:
+            continue
+        for candidate, job in _jobs(
+            (Candidate(mesh, micro, config.compute.remat) for micro in _micro_batches(rows, mesh)), config, model
+        ):
+            if len(tried) == tries:
+                break
+            if refused is not None and _guess(candidate, job, refused) > _HEADROOM * _available(refused):
+                continue
+            plan = compile_job(job)
+            tried.append(plan)
+            if plan.fits:
+                break
+            refused = plan
+    fitting = [plan for plan in tried if plan.fits]
+    return Found(min(fitting, key=lambda plan: plan.seconds.bound, default=None), tuple(tried))
+
+
+def meshes(topology: Topology) -> Iterator[dict[str, int]]:
+    """Every mesh of powers of two along `tensor` and `context`, with slices, and nothing else, along `data`."""
+    within = topology.chips // topology.slices
+    for tensor, context in itertools.product((1, 2, 4, 8, 16), (1, 2, 4)):
+        if within % (tensor * context) == 0:
+            sizes = (topology.slices, within // (tensor * context), context, tensor)
+            yield dict(zip(MESH_AXES, sizes, strict=True))
+
+
+def _micro_batches(rows: int, mesh: dict[str, int], at_least: int = 1) -> list[int]:
+    """How many parts a batch can be split into, while every device keeps a row of each."""
+    ways = math.prod(mesh[axis] for axis in RULES["batch"])
+    return [n for n in range(at_least, rows // ways + 1) if rows % n == 0 and (rows // n) % ways == 0]
+
+
+def _jobs(candidates, config: RunConfig, model: LlamaConfig | None) -> Iterator[tuple[Candidate, Job]]:
+    """The candidates that suit the recipe's model and batch."""
+    for candidate in candidates:
+        try:
+            yield candidate, job_of(candidate.applied(config), model, candidate.mesh)
+        except UserError:
+            continue
+
+
+def _available(refused: Plan) -> float:
+    return refused.refused.available or refused.usable_bytes
+
+
+def _guess(candidate: Candidate, job: Job, refused: Plan) -> float:
+    """Bytes of a chip that a candidate is likely to take.
+
+    The state is known; what was asked beyond it goes with the tokens that a chip holds at once, and with how much of each a
+    block keeps for the backward pass.
+    """
+    was = _state(job, refused.mesh, refused.micro_batches)
+    moving = max((refused.refused.asked or 1.1 * refused.usable_bytes) - was, 0.0)
+    kept_was = _kept(job.model, refused.remat, refused.mesh) * refused.rows * refused.length / refused.micro_batches
+    kept_now = _kept(job.model, candidate.remat, candidate.mesh) * job.rows * job.length / candidate.micro_batches
+    return _state(job, candidate.mesh, candidate.micro_batches) + moving * kept_now / kept_was
+
+
+def _state(job: Job, mesh: dict[str, int], micro_batches: int) -> float:
+    """Bytes of a chip for parameters and moments, and for the sum of gradients where there are micro-batches."""
+    each = 2.0 if getattr(job.config, "train", "all") == "lora" else 12.0 + 4.0 * (micro_batches > 1)
+    return each * job.model.n_params * mesh["data"] / math.prod(mesh.values())
+
+
+def _kept(model: LlamaConfig, remat: str, mesh: dict[str, int]) -> float:
+    """Numbers per token of the global batch that a chip keeps of a block for the backward pass."""
+    devices = math.prod(mesh.values())
+    residual = model.dim * mesh["tensor"] / devices  # `tensor` splits heads and widths, and not the residual stream
+    heads = (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim / devices
+    wide = 3 * model.ffn_dim / devices
+    return {
+        "full": residual,
+        "attention": residual + heads,
+        "dots": 3 * residual + heads + wide,
+        "none": 4 * residual + 2 * heads + 2 * wide,
+    }[remat]

@@ -1,0 +1,103 @@
+"""The verb that plans: what a recipe takes of TPUs that are not there."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llama_jax.errors import UserError
+from llama_jax.recipes import list_recipes, load_recipe
+from llama_jax.verbs.arguments import config_with_flags, own_flags, show_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """What a plan is asked for, beside the fields of its recipe."""
+
+    topology: str
+    """The slice: a shape of chips such as v5p:4x4x4 or v5e:4x4, or a cloud name such as v5p-128 or v5litepod-16."""
+    slices: int = 1
+    """Slices of that shape, with the gradients going over the network between them."""
+    search: bool = False
+    """Look for the fastest mesh that fits; also looks for the nearest plan that fits where the recipe's own does not."""
+    tries: int = 4
+    """Programs that are compiled at most while looking, minutes each."""
+    model_preset: str = ""
+    """The architecture, such as llama2-7b, where the recipe names a checkpoint that does not say it."""
+    price_per_chip_hour: float | None = None
+    """What a chip costs an hour, in any currency."""
+    watts_per_chip: float | None = None
+    """Power of a chip under load; a published or assumed one, if none is given."""
+    fresh: bool = False
+    """Compile again what an earlier plan of the same is kept of."""
+    json: bool = False
+    """Print JSON."""
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Loads the recipe, lets the flags override its fields, and plans it for a topology."""
+    text = f"""What a recipe takes of a TPU slice, and how fast it can be, before one is booked.
+
+The recipe's own training step is compiled for the slice by the TPU compiler (libtpu), which needs no TPU: its memory a chip,
+FLOPs and collectives are the program's own; times are these over published peaks. Compiling takes minutes and about 2 GB;
+what was planned once is kept. Recipes of pretrain, sft and reward can be planned. The fields of the recipe are flags too.
+
+Recipes: {", ".join(path.stem for path in list_recipes()) or "none here"}.
+
+A plan that does not fit the chips ends with 2, says by how much, and with --search looks for the nearest that does.
+
+Examples:
+  llama-jax plan pretrain_7b --topology v5p:4x4x4 --price-per-chip-hour 4.2
+  llama-jax plan pretrain_7b --topology v5litepod-16 --micro-batches 32
+  llama-jax plan pretrain_70b --topology v5p:8x8x8 --compute.remat attention --json > plan.json
+  llama-jax plan pretrain_70b --topology v5e:16x16 --slices 2 --search
+  llama-jax plan sft_style --topology v5e:2x2 --model-preset llama2-7b"""
+    if argv and argv[0] in ("-h", "--help"):
+        show_fields(PlanFlags, "plan RECIPE", text)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            "name the recipe first: llama-jax plan RECIPE --topology v5p:4x4x4 [flags] (llama-jax plan --help)"
+        )
+    flags, rest = own_flags(PlanFlags, f"plan {argv[0]}", text, argv[1:])
+    from llama_jax.planning.topology import parse_topology
+
+    topology = parse_topology(flags.topology, flags.slices)
+    if flags.tries < 1:
+        raise UserError(f"--tries is {flags.tries}; it must be 1 or more")
+
+    from llama_jax.planning.compiling import prepare_environment
+
+    prepare_environment()  # before jax, which the recipe imports
+    from llama_jax.planning import planner
+    from llama_jax.planning.carbon import footprint
+    from llama_jax.planning.plan import to_json
+    from llama_jax.planning.programs import check_plannable, preset
+    from llama_jax.planning.report import format_plan, format_refusal
+
+    recipe = load_recipe(argv[0], object)
+    check_plannable(recipe)
+    config = config_with_flags(recipe, f"plan {argv[0]}", text, rest)
+    model = preset(flags.model_preset) if flags.model_preset else None
+    made, shown = planner.plan_recipe(
+        config, model, topology, search=flags.search, tries=flags.tries, fresh=flags.fresh
+    )
+    run = None
+    if shown.fits and shown.days is not None:
+        hours = shown.days * 24 * shown.chips
+        run = footprint(topology.chip, hours, flags.price_per_chip_hour, flags.watts_per_chip)
+    if flags.json:
+        own = (
+            None if run is None else dataclasses.asdict(run) | {"kwh": run.kwh, "tonnes": run.tonnes, "cost": run.cost}
+        )
+        print(json.dumps(to_json(shown) | {"run": own, "flags": shown.flags() if shown.fits else None}, indent=2))
+    else:
+        print(format_plan(shown, run))
+    sys.stdout.flush()
+    if not made.fits:
+        remedy = f"what fits: {shown.flags()}" if shown.fits else "nothing that was tried fits"
+        if not flags.search:
+            remedy = (
+                "--search looks for what does; or try --compute.remat full, more --micro-batches, more tensor or fsdp"
+            )
+        raise UserError(f"{argv[0]} on {topology} {format_refusal(made)}; {remedy}")
