@@ -16,8 +16,8 @@ from llama_jax.training.metrics import read_metrics
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-README, FINETUNING, RLHF = "README.md", "docs/finetuning.md", "docs/rlhf.md"
-DOCUMENTS = (README, FINETUNING, RLHF)
+README, FINETUNING, RLHF, TPU = "README.md", "docs/finetuning.md", "docs/rlhf.md", "docs/tpu.md"
+DOCUMENTS = (README, FINETUNING, RLHF, TPU)
 RECIPES = ("domain_qa", "style", "classification", "summarisation", "code")
 
 

@@ -20,7 +20,7 @@ from llama_jax.planning.program_cost import ProgramCost, program_cost
 from llama_jax.planning.programs import Job
 from llama_jax.planning.roofline import Roofline, collective_seconds, cycles_seconds, place, roofline
 from llama_jax.planning.topology import Topology
-from llama_jax.training.metrics import format_count, say, train_flops_per_token
+from llama_jax.training.metrics import format_count, say
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,12 @@ def make_plan(job: Job, topology: Topology) -> Plan:
         return Plan(**known, refused=compiled)
     cost = program_cost(hlo.parse(compiled.as_text()), mesh.size)
     placement = place(mesh.devices, topology)
-    tokens = job.rows * job.length
     return Plan(
         **known,
         memory=memory_of(compiled.memory_analysis(), arguments),
         matmul_flops=cost.matmul_flops,
         kernel_flops=cost.kernel_flops,
-        model_flops=tokens * train_flops_per_token(job.model, job.length) / mesh.size,
+        model_flops=job.model_flops / mesh.size,
         bytes_through_hbm=cost.hbm_bytes,
         exchanges=exchanges_of(cost, sizes, placement),
         seconds=roofline(cost, placement),

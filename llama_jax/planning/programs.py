@@ -16,6 +16,7 @@ from llama_jax.errors import UserError
 from llama_jax.model.heads import trunk_config
 from llama_jax.parallel.mesh import RULES, check_divides
 from llama_jax.stages import pretrain, reward, sft
+from llama_jax.training.metrics import train_flops_per_token
 from llama_jax.training.optimizer import make_optimizer, warmed_up
 from llama_jax.training.run_config import RunConfig
 
@@ -41,6 +42,14 @@ class Job:
     computes a few numbers, which a mesh of absent devices cannot.
     """
     assumptions: tuple[str, ...] = ()
+
+    @property
+    def model_flops(self) -> float:
+        """The model's own FLOPs in a step: forward, and twice that backward, or once where adapters alone are trained, because
+        the frozen weights take no gradient.
+        """
+        share = 2 / 3 if getattr(self.config, "train", "all") == "lora" else 1
+        return share * self.rows * self.length * train_flops_per_token(self.model, self.length)
 
 
 def check_plannable(config: object) -> None:

@@ -59,6 +59,7 @@ def format_plan(plan: Plan, footprint: Footprint | None) -> str:
     )
     if footprint is not None:
         lines += _run(plan, footprint)
+    lines.append(_line("flags", plan.flags()))
     made = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     lines.append(
         _line(

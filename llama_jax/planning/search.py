@@ -1,12 +1,12 @@
 """Looking for a plan that fits, or for a better one: micro-batches, what is recomputed, and the mesh.
 
-Compiling takes minutes, so only what is likely to fit is compiled. What a candidate takes is guessed from a plan that was
-refused: the state by the shapes of its arguments, activations in proportion to the tokens that a chip holds at once.
+Compiling takes minutes, so only what is likely to fit is compiled. What a candidate takes is guessed from a plan that is
+known: the state by the number of parameters, activations in proportion to the tokens that a chip holds at once.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from llama_jax.config import LlamaConfig
@@ -95,7 +95,7 @@ def best(
     """The fastest of the meshes that are likely to be, with the fewest micro-batches that fit, by the bound of their plans.
 
     Our choice of likely: fully sharded first, then as little `tensor` and `context` as there can be, which cost a collective
-    inside every matmul's path. What is recomputed stays as the recipe says.
+    inside every matmul's path. Where the best one leaves memory, it is tried with less recomputation too.
     """
     tried: list[Plan] = []
     order = sorted(meshes(topology), key=lambda mesh: (mesh["tensor"] * mesh["context"], mesh["data"], mesh["context"]))
@@ -116,8 +116,19 @@ def best(
             if plan.fits:
                 break
             refused = plan
-    fitting = [plan for plan in tried if plan.fits]
-    return Found(min(fitting, key=lambda plan: plan.seconds.bound, default=None), tuple(tried))
+    fastest = _fastest(tried)
+    if fastest is not None:
+        less = REMAT[: REMAT.index(fastest.remat)]
+        for candidate, job in _jobs(
+            (Candidate(fastest.mesh, fastest.micro_batches, remat) for remat in reversed(less)), config, model
+        ):
+            if len(tried) < tries and _guess(candidate, job, fastest) <= _HEADROOM * _available(fastest):
+                tried.append(compile_job(job))
+    return Found(_fastest(tried), tuple(tried))
+
+
+def _fastest(plans: Iterable[Plan]) -> Plan | None:
+    return min((plan for plan in plans if plan.fits), key=lambda plan: plan.seconds.bound, default=None)
 
 
 def meshes(topology: Topology) -> Iterator[dict[str, int]]:
@@ -144,21 +155,28 @@ def _jobs(candidates, config: RunConfig, model: LlamaConfig | None) -> Iterator[
             continue
 
 
-def _available(refused: Plan) -> float:
-    return refused.refused.available or refused.usable_bytes
+def _available(known: Plan) -> float:
+    return (known.refused and known.refused.available) or known.usable_bytes
 
 
-def _guess(candidate: Candidate, job: Job, refused: Plan) -> float:
+def _asked(known: Plan) -> float:
+    if known.memory is not None:
+        return known.memory.total
+    return known.refused.asked or 1.1 * known.usable_bytes
+
+
+def _guess(candidate: Candidate, job: Job, known: Plan) -> float:
     """Bytes of a chip that a candidate is likely to take.
 
-    The state is known; what was asked beyond it goes with the tokens that a chip holds at once, and with how much of each a
-    block keeps for the backward pass.
+    The state is known, and so is what blocks keep for the backward pass; the rest of what was asked goes with the tokens that
+    a chip works on at once.
     """
-    was = _state(job, refused.mesh, refused.micro_batches)
-    moving = max((refused.refused.asked or 1.1 * refused.usable_bytes) - was, 0.0)
-    kept_was = _kept(job.model, refused.remat, refused.mesh) * refused.rows * refused.length / refused.micro_batches
-    kept_now = _kept(job.model, candidate.remat, candidate.mesh) * job.rows * job.length / candidate.micro_batches
-    return _state(job, candidate.mesh, candidate.micro_batches) + moving * kept_now / kept_was
+    tokens_was = known.rows * known.length / known.micro_batches
+    tokens_now = job.rows * job.length / candidate.micro_batches
+    kept_was = tokens_was * _kept(job.model, known.remat, known.mesh)
+    kept_now = tokens_now * _kept(job.model, candidate.remat, candidate.mesh)
+    work = max(_asked(known) - _state(job, known.mesh, known.micro_batches) - kept_was, 0.0)
+    return _state(job, candidate.mesh, candidate.micro_batches) + kept_now + work * tokens_now / tokens_was
 
 
 def _state(job: Job, mesh: dict[str, int], micro_batches: int) -> float:
@@ -168,14 +186,11 @@ def _state(job: Job, mesh: dict[str, int], micro_batches: int) -> float:
 
 
 def _kept(model: LlamaConfig, remat: str, mesh: dict[str, int]) -> float:
-    """Numbers per token of the global batch that a chip keeps of a block for the backward pass."""
+    """Bytes per token of the global batch that a chip keeps of all blocks for the backward pass, in 16 bits."""
     devices = math.prod(mesh.values())
     residual = model.dim * mesh["tensor"] / devices  # `tensor` splits heads and widths, and not the residual stream
     heads = (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim / devices
-    wide = 3 * model.ffn_dim / devices
-    return {
-        "full": residual,
-        "attention": residual + heads,
-        "dots": 3 * residual + heads + wide,
-        "none": 4 * residual + 2 * heads + 2 * wide,
-    }[remat]
+    dots = 3 * residual + heads + 2 * model.ffn_dim / devices
+    # Without recomputation float32 intermediates are kept too: four times as much, as a compiled 70B has it.
+    numbers = {"full": residual, "attention": residual + heads, "dots": dots, "none": 4 * dots}
+    return 2.0 * model.n_layers * numbers[remat]

@@ -107,6 +107,22 @@ def test_the_best_is_the_fastest_that_fits():
     assert all(plan.seconds.bound == 2.0 for plan in found.tried if plan.fits and plan.mesh["tensor"] == 1)
 
 
+def test_memory_that_is_left_goes_to_less_recomputation():
+    """One policy that fits and is faster, one that does not fit."""
+    kept = {"full": 1, "attention": 2, "dots": 8, "none": 20}
+
+    def with_policy(job, sizes):
+        return 7e9 + 2e9 * kept[job.config.compute.remat]
+
+    def faster(job):
+        return 1.0 if job.config.compute.remat == "full" else 0.9
+
+    found = search.best(
+        replace(CONFIG, batch_tokens=16 * 4096), None, V5E, Compiler(V5E, with_policy, faster), tries=50
+    )
+    assert found.plan.remat == "attention" and found.plan.seconds.bound == 0.9
+
+
 @pytest.mark.parametrize("slices", [1, 2])
 def test_candidates_suit_heads_slices_and_batch(slices):
     """13B's 40 heads do not split over 16; slices lie along data."""
