@@ -19,6 +19,7 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragg
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"),
     *("partition-id", "replica-id", "iota", "domain", "opt-barrier", "add-dependency", "async-start", "async-update"),
+    *("send", "recv"),
 }
 # Custom calls that compute nothing: allocations, hints to the compiler, and the two ends of a collective.
 _MARKERS = ("AllocateBuffer", "ConcatBitcast", "Assume", "AsyncCollective", "Sharding", "SPMD", "annotate")
@@ -82,7 +83,7 @@ def program_cost(program: Program, n_devices: int) -> ProgramCost:
         for inside, inner in _with_fused(program, computation, one):
             if inner.opcode in ("dot", "convolution"):
                 matmul_flops += times * matmul_flops_of(inside, inner)
-            elif kind := collective_kind(inner):
+            elif kind := collective_kind(inside, inner):
                 # A collective that runs beside matmuls is written into each fusion that it runs beside, under one channel.
                 channel = re.search(r"channel_id=(\d+)", inner.attributes)
                 key = (computation.name, kind, channel[1] if channel else inner.name)
@@ -191,10 +192,31 @@ def splash_flops(computation: Computation, one: Instruction) -> float | None:
     return 2.0 * matmuls * math.prod(queries[:-2]) * queries[-1] * pairs
 
 
-def collective_kind(one: Instruction) -> str | None:
-    """Which collective an instruction is or begins, if any."""
+def collective_kind(computation: Computation, one: Instruction) -> str | None:
+    """Which collective an instruction is or begins, if any.
+
+    libtpu writes a reduce-scatter as a fusion of an all-reduce and the slice that is kept, and what goes from slice to slice of a
+    pod as sending to its host, with the collective's name beside it.
+    """
+    if one.opcode == "send":
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
+        return kind and kind[1].lower().replace("_", "-")
     name = one.opcode.removesuffix("-start")
+    if name == "all-reduce" and all(user.opcode == "dynamic-slice" for user in _behind_views(computation, one)):
+        return "reduce-scatter"
     return name if name in COLLECTIVES else None
+
+
+def _behind_views(computation: Computation, one: Instruction) -> list[Instruction]:
+    """What reads a value of a fusion, seen through bitcasts; itself where it is the result or stands in no fusion."""
+    if one.is_root or not computation.root.opcode.startswith("dynamic-slice"):
+        return [one]
+    users = computation.users[one.name]
+    return [
+        behind
+        for user in users
+        for behind in (_behind_views(computation, user) if user.opcode == "bitcast" else [user])
+    ]
 
 
 def _collective(kind: str, computation: Computation, one: Instruction, n_devices: int, times: int) -> Collective:
@@ -203,10 +225,20 @@ def _collective(kind: str, computation: Computation, one: Instruction, n_devices
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", one.attributes)
         numbers = np.array(re.findall(r"\d+", pairs[1]), int) if pairs else np.zeros(0, int)
         groups = numbers.reshape(-1, 2)
+    elif one.opcode == "send":
+        slices = _numbers(re.search(r'_xla_megascale_target="\{([^}]*)\}', one.attributes)[1])
+        groups = np.arange(n_devices).reshape(slices, -1).T
+        sent = one.shapes[0].bytes
     else:
         groups = replica_groups(one.attributes, n_devices)
     whole = sent * groups.shape[1] if kind == "all-gather" else sent
     return Collective(kind, whole, groups, times)
+
+
+def _numbers(text: str) -> int:
+    """How many numbers `1,2` or `0:3` stand for."""
+    spans = (part.split(":") for part in text.split(","))
+    return sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
 
 
 def replica_groups(attributes: str, n_devices: int) -> np.ndarray:
@@ -246,7 +278,7 @@ def _mesh_groups(axes: dict[str, int], devices: np.ndarray, chosen: list[tuple[s
 
 def hbm_bytes_of(program: Program, computation: Computation, one: Instruction) -> float:
     """Bytes that an instruction outside fusions reads from and writes to main memory; collectives are counted apart."""
-    if one.opcode in _FREE or collective_kind(one) or one.opcode.endswith(("-done", "-update")):
+    if one.opcode in _FREE or _is_collective(one) or one.opcode.endswith(("-done", "-update")):
         return 0.0
     operands = computation.operands(one)
     match one.opcode:
@@ -302,7 +334,7 @@ def _read(program: Program, fused: Computation, value: Instruction) -> float:
                 inner = program.called(user)
                 places = [place for place, name in enumerate(user.operands) if name == value.name]
                 total += sum(_read(program, inner, inner.parameters[place]) for place in places)
-            case _ if collective_kind(user) or _is_marker(user):
+            case _ if _is_collective(user) or _is_marker(user):
                 pass
             case _:
                 return value.bytes
@@ -317,8 +349,12 @@ def _written(program: Program, fused: Computation, result: Instruction) -> float
         return fused.operands(result)[1].bytes
     if result.opcode == "fusion" and (inner := program.called(result)).root.opcode != "tuple":
         return _written(program, inner, inner.root)
-    passed_on = result.opcode == "parameter" or collective_kind(result) or _is_marker(result)
+    passed_on = result.opcode == "parameter" or _is_collective(result) or _is_marker(result)
     return 0.0 if passed_on else result.bytes
+
+
+def _is_collective(one: Instruction) -> bool:
+    return one.opcode.removesuffix("-start") in COLLECTIVES
 
 
 def _is_marker(one: Instruction) -> bool:

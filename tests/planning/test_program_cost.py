@@ -175,3 +175,42 @@ def test_spans_of_queries_count_the_one_that_sees_most():
     )
     blocks = np.arange(9, 17).sum()  # queries 8 to 15 of 16 blocks
     assert program_cost(parse(spans), 16).kernel_flops == 2 * 2 * (2 * 32) * 128 * blocks * 512 * 512
+
+
+TWO_SLICES = """\
+HloModule slices
+
+%all-reduce-scatter (input: bf16[1024,1024]) -> bf16[256,1024] {
+  %input = bf16[1024,1024]{1,0} parameter(0)
+  %sum = bf16[1024,1024]{1,0} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3}}, to_apply=%add
+  %place = s32[] constant(0)
+  ROOT %mine = bf16[256,1024]{1,0} dynamic-slice(%sum, %place, %place), dynamic_slice_sizes={256,1024}
+}
+
+ENTRY %main (gradient: bf16[1024,1024]) -> bf16[256,1024] {
+  %gradient = bf16[1024,1024]{1,0} parameter(0)
+  %mine = bf16[256,1024]{1,0} fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter
+  %begin = token[] after-all()
+  %send = (bf16[256,1024]{1,0}, u32[], token[]) send(%mine, %begin), channel_id=2, is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[256,1024]{1,0}, u32[], token[]) recv(%begin), channel_id=1, is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %received = (bf16[256,1024]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %out = bf16[256,1024]{1,0} get-tuple-element(%received), index=0
+}
+"""
+
+
+def test_what_goes_between_slices_and_a_sum_of_which_a_part_is_kept():
+    """As libtpu writes the gradients of two slices of four: a reduce-scatter in disguise, then each part over the network."""
+    mesh = {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+    found = [(one.kind, one.bytes, one.axes(mesh)) for one in program_cost(parse(TWO_SLICES), 8).collectives]
+    assert found == [("reduce-scatter", 2 * 1024 * 1024, ("fsdp",)), ("all-reduce", 2 * 256 * 1024, ("data",))]
+
+
+def test_an_all_reduce_that_is_kept_whole_is_none_in_disguise():
+    whole = TWO_SLICES.replace(
+        "ROOT %mine = bf16[256,1024]{1,0} dynamic-slice", "ROOT %mine = bf16[256,1024]{1,0} slice"
+    )
+    assert program_cost(parse(whole), 8).collectives[0].kind == "all-reduce"
