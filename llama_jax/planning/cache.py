@@ -7,6 +7,7 @@ import os
 from functools import cache
 from pathlib import Path
 
+from llama_jax.parallel.mesh import mesh_sizes_of
 from llama_jax.planning.plan import Plan, from_json, to_json, versions
 from llama_jax.planning.programs import Job
 from llama_jax.planning.topology import Topology
@@ -36,6 +37,7 @@ def cache_folder() -> Path:
 def key_of(job: Job, topology: Topology) -> str:
     """What a plan depends on: the resolved recipe, the topology, the compiler's version and flags, and this package's code."""
     recipe = {name: value for name, value in dataclasses.asdict(job.config).items() if name not in _NOT_COMPILED}
+    recipe["mesh"] = mesh_sizes_of(job.config.mesh, topology.chips, topology.slices)
     parts = {
         "stage": job.stage,
         "recipe": recipe,

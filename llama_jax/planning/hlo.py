@@ -133,7 +133,7 @@ class Program:
                     names += [one.attribute(name) or "" for name in ("true_computation", "false_computation")]
                     for name in filter(None, names):
                         yield from self._running(self.computations[name], times)
-                case "async-start":
+                case "async-start" if self.called(one):
                     yield from self._running(self.called(one), times)
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int:

@@ -18,7 +18,7 @@ from llama_jax.planning import hlo
 from llama_jax.planning.compiling import Refused, compile_for, devices_of
 from llama_jax.planning.program_cost import ProgramCost, program_cost
 from llama_jax.planning.programs import Job
-from llama_jax.planning.roofline import Roofline, collective_seconds, cycles_seconds, place, roofline
+from llama_jax.planning.roofline import Placement, Roofline, collective_seconds, cycles_seconds, place, roofline
 from llama_jax.planning.topology import Topology
 from llama_jax.training.metrics import format_count, say
 
@@ -203,14 +203,14 @@ def bytes_per_device(tree: Any) -> float:
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
-def exchanges_of(cost: ProgramCost, sizes: dict[str, int], placement: Any) -> tuple[Exchange, ...]:
+def exchanges_of(cost: ProgramCost, sizes: dict[str, int], placement: Placement) -> tuple[Exchange, ...]:
     """Collectives added up by kind and axes, the longest first."""
     found: dict[tuple[str, str], list[float]] = {}
     for exchange in cost.collectives:
         axes = "*".join(exchange.axes(sizes)) or "none"
         sums = found.setdefault((exchange.kind, axes), [0.0, 0.0, 0.0])
-        for place_, value in enumerate((exchange.times * exchange.bytes, *collective_seconds(exchange, placement))):
-            sums[place_] += value
+        for column, value in enumerate((exchange.times * exchange.bytes, *collective_seconds(exchange, placement))):
+            sums[column] += value
     exchanges = [Exchange(*key, *sums) for key, sums in found.items()]
     return tuple(sorted(exchanges, key=lambda one: -one.seconds_ici - one.seconds_dcn))
 

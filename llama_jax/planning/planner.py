@@ -40,7 +40,10 @@ def plan_recipe(
     sizes = mesh_sizes_of(config.mesh, topology.chips, topology.slices)
 
     def planned(job: Job) -> Plan:
-        return kept_or_made(job, topology, fresh)
+        plan = kept_or_made(job, topology, fresh)
+        if search:
+            say(f"{plan.flags()}: {f'{plan.seconds.bound:.3g} s a step' if plan.fits else format_refusal(plan)}")
+        return plan
 
     own = planned(job_of(config, model, sizes))
     if not search:
@@ -48,7 +51,6 @@ def plan_recipe(
     if own.fits:
         found = best(config, model, topology, planned, tries).plan
         return own, min(filter(None, (own, found)), key=lambda plan: plan.seconds.bound)
-    say(f"{format_refusal(own)}; looking for the nearest plan that fits")
     return own, nearest_that_fits(config, model, topology, own, planned, tries).plan or own
 
 

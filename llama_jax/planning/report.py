@@ -11,62 +11,12 @@ def format_plan(plan: Plan, footprint: Footprint | None) -> str:
     """The whole plan; `footprint` is that of the run, where its length is known."""
     if not plan.fits:
         return "\n".join([*_head(plan), _line("memory", format_refusal(plan))])
-    own, seconds = plan.memory, plan.seconds
-    flops = plan.matmul_flops + plan.kernel_flops
-    lines = [
-        *_head(plan),
-        _line(
-            "memory",
-            f"{_size(own.total)} of {_size(plan.usable_bytes)} that a program may have of a chip (exact: the compiler's)",
-        ),
-        _line("", ", ".join(f"{name} {_size(value)}" for name, value in vars(own).items())),
-        _line(
-            "FLOPs",
-            f"{flops:.3g} a chip and step: matmuls {plan.matmul_flops:.3g} (exact), attention kernels "
-            f"{plan.kernel_flops:.3g} (by formula); the model's own are {plan.model_flops:.3g}",
-        ),
-        _line("HBM", f"{_size(plan.bytes_through_hbm)} a chip and step (counted in the compiled program)"),
-    ]
-    if plan.unknown_kernels:
-        lines.append(_line("", f"not counted, FLOPs not known: {', '.join(plan.unknown_kernels)}"))
-    for title, exchange in zip(["collectives"] + [""] * len(plan.exchanges), plan.exchanges, strict=False):
-        network = f", {exchange.seconds_dcn:.3g} s DCN" if exchange.seconds_dcn else ""
-        over = f"{exchange.kind} over {exchange.axes}"
-        lines.append(
-            _line(title, f"{over:<34} {_size(exchange.bytes):>11} (counted) {exchange.seconds_ici:8.3g} s ICI{network}")
-        )
-    busy = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.times.items() if value or name != "DCN")
-    lines += [
-        _line("roofline", f"{busy} (estimated: over published peaks); {seconds.binds} binds"),
-        _line(
-            "",
-            f"a step takes {seconds.bound:.3g} s if all else hides behind that, {seconds.unhidden:.3g} s if nothing does",
-        ),
-    ]
-    if plan.seconds_by_compiler:
-        lines.append(
-            _line(
-                "",
-                f"a second estimate: {plan.seconds_by_compiler:.3g} s by the compiler's cycles, collectives left out",
-            )
-        )
-    lines.append(
-        _line(
-            "speed",
-            f"at the bound {plan.mfu:.1%} causal MFU, {format_count(plan.tokens_per_s / plan.chips)} tokens/s a chip, "
-            f"{format_count(plan.tokens_per_s)} in all",
-        )
-    )
+    lines = [*_head(plan), *_costs(plan), *_times(plan)]
     if footprint is not None:
         lines += _run(plan, footprint)
-    lines.append(_line("flags", plan.flags()))
     made = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
-    lines.append(
-        _line(
-            "made by", f"{made} in {plan.compile_seconds:.0f} s with {_size(plan.host_bytes)} of this machine's memory"
-        )
-    )
-    return "\n".join(lines)
+    host = f"in {plan.compile_seconds:.0f} s with {_size(plan.host_bytes)} of this machine's memory"
+    return "\n".join([*lines, _line("flags", plan.flags()), _line("made by", f"{made} {host}")])
 
 
 def format_refusal(plan: Plan) -> str:
@@ -96,6 +46,44 @@ def _head(plan: Plan) -> list[str]:
         ),
     ]
     return lines + [_line("assumed", text) for text in plan.assumptions]
+
+
+def _costs(plan: Plan) -> list[str]:
+    own, flops = plan.memory, plan.matmul_flops + plan.kernel_flops
+    total = f"{_size(own.total)} of {_size(plan.usable_bytes)} that a program may have of a chip"
+    lines = [
+        _line("memory", f"{total} (exact: the compiler's)"),
+        _line("", ", ".join(f"{name} {_size(value)}" for name, value in vars(own).items())),
+        _line(
+            "FLOPs",
+            f"{flops:.3g} a chip and step: matmuls {plan.matmul_flops:.3g} (exact), attention kernels "
+            f"{plan.kernel_flops:.3g} (by formula); the model's own are {plan.model_flops:.3g}",
+        ),
+        _line("HBM", f"{_size(plan.bytes_through_hbm)} a chip and step (counted in the compiled program)"),
+    ]
+    if plan.unknown_kernels:
+        lines.append(_line("", f"not counted, FLOPs not known: {', '.join(plan.unknown_kernels)}"))
+    for title, exchange in zip(["collectives"] + [""] * len(plan.exchanges), plan.exchanges, strict=False):
+        network = f", {exchange.seconds_dcn:.3g} s DCN" if exchange.seconds_dcn else ""
+        over = f"{exchange.kind} over {exchange.axes}"
+        seconds = f"{exchange.seconds_ici:8.3g} s ICI{network}"
+        lines.append(_line(title, f"{over:<34} {_size(exchange.bytes):>11} (counted) {seconds}"))
+    return lines
+
+
+def _times(plan: Plan) -> list[str]:
+    seconds = plan.seconds
+    busy = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.times.items() if value or name != "DCN")
+    bound = f"{seconds.bound:.3g} s if all else hides behind that"
+    lines = [
+        _line("roofline", f"{busy} (estimated: over published peaks); {seconds.binds} binds"),
+        _line("", f"a step takes {bound}, {seconds.unhidden:.3g} s if nothing does"),
+    ]
+    if plan.seconds_by_compiler:
+        second = f"{plan.seconds_by_compiler:.3g} s by the compiler's cycles, collectives left out"
+        lines.append(_line("", f"a second estimate: {second}"))
+    rates = f"{format_count(plan.tokens_per_s / plan.chips)} tokens/s a chip, {format_count(plan.tokens_per_s)} in all"
+    return [*lines, _line("speed", f"at the bound {plan.mfu:.1%} causal MFU, {rates}")]
 
 
 def _run(plan: Plan, run: Footprint) -> list[str]:

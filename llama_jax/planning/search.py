@@ -107,7 +107,7 @@ def best(
         for candidate, job in _jobs(
             (Candidate(mesh, micro, config.compute.remat) for micro in _micro_batches(rows, mesh)), config, model
         ):
-            if len(tried) == tries:
+            if len(tried) >= max(tries - 1, 1):  # one is kept for less recomputation
                 break
             if refused is not None and _guess(candidate, job, refused) > _HEADROOM * _available(refused):
                 continue
@@ -146,7 +146,9 @@ def _micro_batches(rows: int, mesh: dict[str, int], at_least: int = 1) -> list[i
     return [n for n in range(at_least, rows // ways + 1) if rows % n == 0 and (rows // n) % ways == 0]
 
 
-def _jobs(candidates, config: RunConfig, model: LlamaConfig | None) -> Iterator[tuple[Candidate, Job]]:
+def _jobs(
+    candidates: Iterable[Candidate], config: RunConfig, model: LlamaConfig | None
+) -> Iterator[tuple[Candidate, Job]]:
     """The candidates that suit the recipe's model and batch."""
     for candidate in candidates:
         try:
