@@ -193,13 +193,15 @@ class Terminal:
         signal.signal(signal.SIGINT, before)
         os.close(theirs)
 
-    def until(self, text: str, seconds: float = 120) -> str:
-        """What is printed up to the end of `text`."""
+    def until(self, text: str, seconds: float = 120, key: str = "") -> str:
+        """What is printed up to the end of `text`; a key is pressed until something comes of it."""
         seen, deadline = b"", time.monotonic() + seconds
         while text.encode() not in seen:
             left = max(deadline - time.monotonic(), 0)
-            assert select.select([self._ours], [], [], left)[0], f"no {text!r} in {seen!r}"
-            seen += os.read(self._ours, 1)
+            assert left, f"no {text!r} in {seen!r}"
+            self.type(key)
+            if select.select([self._ours], [], [], min(left, 2) if key else left)[0]:
+                seen, key = seen + os.read(self._ours, 1), ""
         return seen.decode()
 
     def type(self, text: str) -> None:
@@ -220,8 +222,8 @@ def test_at_a_terminal(tmp_path, tokenizer, farewell, code):
         terminal.type("and?\n")
         answer = terminal.until("> ")
         assert re.search(r"to be sure\r\nttft \d+\.\d\d s · \d+ tok/s · context \d+/4096\r\n.*> $", answer)
-        terminal.type(farewell)
-        assert "['hello', 'on and', 'and?', 'to be ']" in terminal.until("]")
+        # Again and again: what comes between readline's prompt and its first look at the keys, readline misses.
+        assert "['hello', 'on and', 'and?', 'to be ']" in terminal.until("]", key=farewell)
         assert terminal.process.wait(60) == code
     finally:
         terminal.process.kill()

@@ -214,9 +214,10 @@ def test_samples_of_one_reading_are_those_of_a_reading_each(model, tokenizer, en
     """Of three prompts of unequal length, which do not divide over the mesh either; seeds are one for all, or each its own."""
     sharded = jax.device_put(model, shardings(model.config, make_mesh(layout))) if layout else model
     copied = [prompt for prompt in PROMPTS[1:] for _ in range(5)]
+    settings = WARM | {"top_p": 1.0}  # a token at the edge of the support is in or out by a rounding
     for seed in (9, list(range(20, 35))):
-        apart = engine.generate(copied, seed=seed, **WARM)
-        together = Llama(sharded, tokenizer).generate(PROMPTS[1:], seed=seed, samples=5, **WARM)
+        apart = engine.generate(copied, seed=seed, **settings)
+        together = Llama(sharded, tokenizer).generate(PROMPTS[1:], seed=seed, samples=5, **settings)
         assert [c.ids for c in together] == [c.ids for c in apart] and len({c.text for c in apart}) == 15
         for a, b in zip(together, apart, strict=True):
             np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
