@@ -80,7 +80,7 @@ def test_each_verb_helps_with_examples(capsys, words):
         ([], "no verb given"),
         (["pretain"], "did you mean `llama-jax pretrain`"),
         (["doctr", "--json"], "did you mean `llama-jax doctor`"),
-        (["xyzzy"], "it is one of doctor, tokenizer"),
+        (["xyzzy"], "it is one of doctor, plan, tokenizer"),
         (["doctor", "--jsn"], "--json"),
         (["tokenizer", "trian"], "train, encode, decode, info"),
         (["tokenizer", "info"], "MODEL"),
