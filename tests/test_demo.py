@@ -15,6 +15,8 @@ from llama_jax.generation.llama import Llama
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.timeout(1800)  # every stage compiles its own programs
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
