@@ -1,0 +1,1 @@
+"""Slices of TPUs and clusters of GPUs, from nothing to a supervised run: `python3 -m tpu_setup --help`."""
