@@ -177,7 +177,7 @@ class Gke:
         selector = f"--selector=jobset.sigs.k8s.io/jobset-name={name}"
         limit = f"--max-log-requests={self.args.slice.hosts * self.args.slices}"
         follow = ["logs", selector, "--follow", "--prefix", f"--tail={lines}", limit]
-        return self.shell.stream([*self.kubectl, *follow], lambda line: print(line, flush=True))
+        return self.shell.stream([*self.kubectl, *follow], lambda line: print(line, end="", flush=True))
 
     def stop(self, name: str) -> None:
         """Deletes the JobSet: its Pods get SIGTERM and --grace seconds to save."""

@@ -199,36 +199,52 @@ def logs(shell: Shell, back: Reachable, name: str, lines: int, poll: float) -> N
 
     A connection that breaks is made again, and goes on at the byte where it broke.
     """
-    hosts, lock, lost = back.hosts(), threading.Lock(), []
+    hosts, lock = back.hosts(), threading.Lock()
 
-    def follow(host: Host) -> None:
+    def follow(host: Host) -> str | None:
         at, failures = f"-{lines}", 0
         while True:
-            position = None
-
-            def show(line: str) -> None:
-                nonlocal position, at, failures
-                if position is None and line.startswith("@"):
-                    position, failures = int(line[1:]), 0
-                    return
-                with lock:
-                    print(f"{host.name}| {line}", flush=True)
-                if position is not None:
-                    position += len(line.encode()) + 1
-                    at = str(position)
-
-            code = shell.stream(back.ssh(host, shlex.join([*SUPERVISE, "log", name, at])), show)
-            failures += 1
-            if code != SSH_FAILED or failures > 5:
-                if code:
-                    lost.append(f"  {host.name}: ended with {code}")
-                return
+            log = _Log(host.name, at, lock)
+            code = shell.stream(back.ssh(host, shlex.join([*SUPERVISE, "log", name, at])), log.take)
+            at, failures = log.at, failures + 1 if log.at == at else 0
+            if code != SSH_FAILED:
+                log.flush()
+                return f"  {host.name}: ended with {code}" if code else None
+            if failures > 5:
+                return f"  {host.name}: ended with {code}"
             time.sleep(poll)
 
     with ThreadPoolExecutor(1 if shell.dry_run else len(hosts)) as pool:
-        list(pool.map(follow, hosts))
+        lost = list(filter(None, pool.map(follow, hosts)))
     if lost:
         raise UserError("\n".join([f"the log of {len(lost)} of {len(hosts)} hosts cannot be followed:", *lost]))
+
+
+class _Log:
+    """One connection's part of a host's log: shows whole lines, and knows at which byte the next one begins."""
+
+    def __init__(self, host: str, at: str, lock: threading.Lock):
+        self.host, self.at, self.lock = host, at, lock
+        self.begun, self.rest = False, ""
+
+    def take(self, line: str) -> None:
+        """A line as it comes; the first one says at which byte the log begins."""
+        if not line.endswith("\n"):
+            self.rest = line
+        elif self.begun:
+            self._show(line)
+            self.at = str(int(self.at) + len(line.encode()))
+        elif line.startswith("@"):
+            self.at, self.begun = line[1:].strip(), True
+
+    def flush(self) -> None:
+        """Shows the last line where it has no end."""
+        if self.rest:
+            self._show(f"{self.rest}\n")
+
+    def _show(self, line: str) -> None:
+        with self.lock:
+            print(f"{self.host}| {line}", end="", flush=True)
 
 
 def verdict(shell: Shell, hosts: Sequence[Host], found: Sequence[Progress]) -> tuple[str, int]:
@@ -251,10 +267,9 @@ def doctor(shell: Shell, back: Reachable, devices: int, here: int, megabytes: in
 
     def command(host: Host) -> list[str]:
         environment = [f"{key}={value}" for key, value in processes(hosts, hosts.index(host)).items()]
-        python = ["env", *environment, "../llama_jax-venv/bin/python", "-m", "tpu_setup.check_devices"]
-        counts = [f"--devices={devices}", f"--here={here}", f"--megabytes={megabytes}"]
-        check = shlex.join(["timeout", "600", *python, *counts])
-        return back.ssh(host, f"{shlex.join([*SUPERVISE, 'idle'])} && cd llama_jax && {check}")
+        check = ["-m", "tpu_setup.check_devices", f"--devices={devices}", f"--here={here}", f"--megabytes={megabytes}"]
+        words = f'{shlex.join(["timeout", "600", "env", *environment])} "$HOME"/llama_jax-venv/bin/python {shlex.join(check)}'
+        return back.ssh(host, f"{shlex.join([*SUPERVISE, 'idle'])} && cd llama_jax && {words}")
 
     for host, text in zip(hosts, on_all(shell, hosts, command), strict=True):
         sys.stdout.write("".join(f"{host.name}: {line}\n" for line in text.splitlines()))

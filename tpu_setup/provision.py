@@ -125,13 +125,15 @@ def _ask_again(cloud: Cloud, shell: Shell, name: str, state: State) -> None:
 
 def reminder(state: State | None, name: str, size: str) -> str | None:
     """What a user who leaves must know about money; None where nothing is left behind."""
-    if state is None or state.kind in ("absent", "lost", "deleting"):
+    if state is None:
         return None
     if state.paid:
-        return f"note: {name} ({size}) is there and paid for until it is deleted"
-    return (
-        f"note: {name} ({size}) is asked for, and is paid for from the moment it comes; delete takes the request back"
-    )
+        part = "a part of " if state.rest else ""
+        return f"note: {part}{name} ({size}) is there and paid for until it is deleted"
+    if state.kind != "queued":
+        return None
+    what = f"{name} ({size}) is asked for, and is paid for from the moment it comes"
+    return f"note: {what}; delete takes the request back"
 
 
 def forgiving(shell: Shell, argv: list[str], kind: str = MISSING) -> None:

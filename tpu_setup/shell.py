@@ -114,13 +114,13 @@ class Shell:
             print(text, file=sys.stderr, flush=True)
 
     def stream(self, argv: Sequence[str], each_line: Callable[[str], None]) -> int:
-        """Runs a command and hands over its lines as they come; returns its exit code."""
+        """Runs a command and hands over its lines as they come, ends of lines included; returns its exit code."""
         if self.dry_run:
             print(_typed(argv))
             return 0
         with started(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
             for line in process.stdout:
-                each_line(line.rstrip("\n"))
+                each_line(line)
         return process.returncode
 
     def _call(self, argv: Sequence[str], stdin: str | None = None) -> str:

@@ -61,11 +61,13 @@ class Slurm:
 
     def logs(self, lines: int) -> int:
         """Follows the log, in which srun puts the process's number before each line, until Ctrl-C."""
-        return self.shell.stream(["tail", "-n", str(lines), "-F", self.log], lambda line: print(line, flush=True))
+        return self.shell.stream(
+            ["tail", "-n", str(lines), "-F", self.log], lambda line: print(line, end="", flush=True)
+        )
 
     def check(self, words: Sequence[str]) -> None:
         """Runs words on as many nodes as the run has, and waits."""
         where = [f"--nodes={self.args.nodes}", "--ntasks-per-node=1", f"--gpus-per-node={self.args.devices_per_host}"]
-        code = self.shell.stream(["srun", "--label", *where, *words], lambda line: print(line, flush=True))
+        code = self.shell.stream(["srun", "--label", *where, *words], lambda line: print(line, end="", flush=True))
         if code:
             raise UserError(f"srun ended with {code}; its lines begin with the number of the process that failed")

@@ -44,7 +44,7 @@ start() {
   echo 0 >"$folder/restarts"
   echo "--- $(date -u +%FT%TZ) started on $(hostname): $command" >>"$folder/log"
   setsid nohup bash "$0" keep "$folder" "${@:2}" </dev/null >>"$folder/log" 2>&1 &
-  for _ in {1..100}; do
+  for _ in {1..600}; do
     [ -f "$folder/pid" ] && break
     sleep 0.05
   done
