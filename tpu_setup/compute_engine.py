@@ -45,6 +45,8 @@ class ComputeEngine:
                 return State("absent")
             raise
         if not text:
+            if assumed.kind != "absent":
+                self._instances([])
             return assumed
         instances = self._instances([])
         status = [one.get("instanceStatus", "PENDING") for one in instances]
