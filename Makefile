@@ -52,7 +52,7 @@ lock:  ## Write requirements.lock anew: the newest versions that pyproject.toml 
 
 clean:  ## Remove .venv and caches (runs/ stays)
 	@rm -rf $(VENV) $(VENV)-lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	@find llama_jax tests experiments bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find llama_jax tests experiments bench tpu_setup -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps rather than the files themselves, so that what was interrupted is done again.
 $(CREATED):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from llama_jax.errors import UserError
-from tpu_setup.shell import CAPACITY, EXISTS, MISSING, PERMANENT, Refused, Shell, meaning
+from tpu_setup.shell import CAPACITY, EXISTS, MISSING, PERMANENT, UNKNOWN, Refused, Shell, meaning
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def wait(cloud: Cloud, shell: Shell, name: str, *, poll: float, timeout: float, 
     """
     begin, shown, again = time.monotonic(), None, expected
     while True:
-        state = cloud.state(assumed=READY)
+        state = look(cloud, shell, poll)
         minutes = (time.monotonic() - begin) / 60
         if (state.kind, state.detail) != shown:
             shell.say(f"{name}: {state.detail or state.kind} after {minutes:.1f} min")
@@ -94,6 +94,19 @@ def wait(cloud: Cloud, shell: Shell, name: str, *, poll: float, timeout: float, 
             again = True
             _ask_again(cloud, shell, name, state)
         time.sleep(poll)
+
+
+def look(cloud: Cloud, shell: Shell, poll: float, tries: int = 10) -> State:
+    """What is there, over failures that mean nothing: a network that is away for minutes must not end hours of waiting."""
+    for _ in range(tries - 1):
+        try:
+            return cloud.state(assumed=READY)
+        except Refused as refused:
+            if refused.kind != UNKNOWN:
+                raise
+            shell.say(f"{refused.said.splitlines()[-1] if refused.said else refused}; looking again")
+            time.sleep(poll)
+    return cloud.state(assumed=READY)
 
 
 def delete(cloud: Cloud, shell: Shell, name: str) -> None:

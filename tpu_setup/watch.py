@@ -7,7 +7,7 @@ from llama_jax.errors import UserError
 from tpu_setup import hosts, provision
 from tpu_setup.gke import Gke
 from tpu_setup.hosts import Reachable, Run
-from tpu_setup.provision import READY, Cloud
+from tpu_setup.provision import Cloud
 from tpu_setup.shell import Shell
 
 UNREACHABLE_LOOKS = 10
@@ -26,19 +26,21 @@ def watch(
     timeout: float,
 ) -> int:
     """Keeps a run going over lost slices and hosts that begin anew; returns the run's own exit code."""
-    found, failures, shown = None, 0, ""
+    found, fresh, failures, shown = None, False, 0, ""
     while True:
-        if cloud.state(assumed=READY).kind != "ready":
+        if provision.look(cloud, shell, poll).kind != "ready":
             provision.wait(cloud, shell, run.name, poll=poll, timeout=timeout, expected=True)
-            found = None
-            bootstrap()
+            found, fresh = None, True
         try:
+            if fresh and found is None:
+                bootstrap()
             found = found or hosts.start(shell, back, run, count)
             looks = hosts.progress(shell, back, run.name, found)
             failures = 0
         except UserError as error:
             failures += 1
-            if failures > UNREACHABLE_LOOKS or found is None:
+            # What fails on the slice as it was found is the user's to put right; later it may be going away.
+            if failures > UNREACHABLE_LOOKS or (found is None and not fresh):
                 raise
             shell.say(f"{error}\nlooking again ({failures} of {UNREACHABLE_LOOKS})")
             time.sleep(poll)
@@ -50,14 +52,22 @@ def watch(
             shown = line
         if what == "ended":
             if code:
-                hosts.stop(shell, back, run.name, grace=30)
+                _stop(shell, back, run.name)
             return code
         if what == "lost":
             shell.say("a host began anew: stopping the run on the others, and starting all again")
-            hosts.stop(shell, back, run.name, grace=300)
+            _stop(shell, back, run.name)
             found = None
             continue
         time.sleep(poll)
+
+
+def _stop(shell: Shell, back: Reachable, name: str) -> None:
+    """Ends the run where it is still on: without the other hosts it cannot save, so it is not waited for long."""
+    try:
+        hosts.stop(shell, back, name, grace=30)
+    except UserError as error:
+        shell.say(str(error))
 
 
 def watch_jobset(cloud: Cloud, back: Gke, shell: Shell, name: str, *, poll: float, timeout: float) -> int:
@@ -70,6 +80,6 @@ def watch_jobset(cloud: Cloud, back: Gke, shell: Shell, name: str, *, poll: floa
             shown = lines
         if state:
             return code
-        if cloud.state(assumed=READY).kind != "ready":
+        if provision.look(cloud, shell, poll).kind != "ready":
             provision.wait(cloud, shell, name, poll=poll, timeout=timeout, expected=True)
         time.sleep(poll)

@@ -7,6 +7,7 @@
                 "STATE@N" until the file `step` holds N, and {"refuse": text} refuses to create
   world.json    what was created, and how often it was looked at
   hosts/NAME/   the home of a host; commands over SSH really run there
+  flaky         so many looks at a slice fail before one answers
   down          names of hosts that do not answer, one a line
 """
 
@@ -167,6 +168,12 @@ def parse(words: list[str]) -> tuple[str, list[str], dict]:
 
 def gcloud(words: list[str]) -> int:
     command, names, flags = parse(words)
+    if command.endswith(("resources describe", "managed describe", "pools describe")) and (
+        flaky := int(read("flaky") or 0)
+    ):
+        with open(os.path.join(WORLD, "flaky"), "w") as file:
+            file.write(str(flaky - 1))
+        raise Fail("ERROR: (gcloud) 503: The service is currently unavailable")
     if flags.get("--zone", "").startswith("mars"):
         where = f"'locations/{flags['--zone']}' (or it may not exist)"
         raise Fail(f"ERROR: (gcloud) PERMISSION_DENIED: Permission denied on {where}. NOT_FOUND")

@@ -209,6 +209,17 @@ def test_a_spot_slice_that_is_preempted_twice_is_made_again_and_the_run_goes_on(
     assert (cloud.folder / "step").read_text() == "18" and "is there and paid for" in result.err
 
 
+def test_a_new_slice_whose_hosts_do_not_answer_yet_is_tried_again(cloud):
+    (cloud.folder / "down").write_text("l7-w-1")
+    process = cloud.command("run", *TWO, "--spot", "--watch", "--poll", "0.3", "--", "true")
+    said = ""
+    while "looking again (2 of 10)" not in said:
+        said += process.stderr.readline()
+    (cloud.folder / "down").unlink()
+    said += process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "l7-w-1: ended with 255" in said
+
+
 def test_a_host_that_begins_anew_has_all_started_again(two):
     process = two.command("run", *TWO, "--watch", "--", *TRAIN, "40")
     eventually(

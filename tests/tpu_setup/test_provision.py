@@ -123,6 +123,18 @@ def test_wait_gives_up_in_time_and_says_that_the_request_stands(cloud):
     assert cloud.things()
 
 
+def test_a_network_that_is_away_for_a_while_does_not_end_the_wait_nor_pass_for_a_loss(cloud):
+    cloud.fates([COMES])
+    cloud("create", *SPOT)
+    (cloud.folder / "flaky").write_text("5")
+    result = cloud("wait", *SPOT)
+    assert (result.code, created(cloud)) == (0, 1) and result.err.count("503") == 5
+    (cloud.folder / "flaky").write_text("50")
+    for verb in ("wait", "create", "delete"):
+        result = cloud(verb, *SPOT)
+        assert result.code == 2 and "503" in result.err and cloud.things() == {"queued-resources l7"}
+
+
 def test_wait_for_what_was_never_asked_for_is_refused(cloud):
     result = cloud("wait", *QUEUED)
     assert result.code == 2 and "does not exist; create asks for it" in result.err
