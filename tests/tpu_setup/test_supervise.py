@@ -148,11 +148,16 @@ def test_a_host_that_began_anew_is_lost_not_running(host):
     eventually(lambda: host.status()[0] == "lost")
 
 
-def test_the_log_goes_on_from_a_byte_and_ends_with_the_run(host):
-    host.start("bash", "-c", "echo one; sleep 0.3; echo two")
+def test_the_log_goes_on_from_a_byte_and_ends_with_the_run(host, tmp_path):
+    gate = tmp_path / "gate"
+    host.start("bash", "-c", f"echo one; until [ -e {gate} ]; do sleep 0.05; done; echo two")
     eventually(lambda: "one\n" in (host.run / "log").read_text())
-    first, *lines = host("log", "l7", "-1").stdout.splitlines()
-    assert lines[:2] == ["one", "two"] and "ended with 0" in lines[-1]
+    follow = ["bash", str(SCRIPT), "log", "l7", "-1"]
+    with subprocess.Popen(follow, env=os.environ | {"HOME": str(tmp_path)}, stdout=subprocess.PIPE, text=True) as log:
+        first, one = log.stdout.readline(), log.stdout.readline()
+        gate.touch()
+        rest = log.stdout.read().splitlines()
+    assert one == "one\n" and rest[0] == "two" and "ended with 0" in rest[-1]
     at = int(first.removeprefix("@")) + len("one\n")
     assert host("log", "l7", str(at)).stdout.splitlines()[:2] == [f"@{at}", "two"]
     assert host("log", "l7", "1000000").stdout.startswith("@1\n---"), "a new host's log begins anew"
