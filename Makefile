@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
-demo: $(RUNTIME)  ## From raw text to a Llama 2 that speaks, and answers questions, in 8 minutes on 2 cores (report in runs/demo)
+demo: $(RUNTIME)  ## From raw text to a Llama 2 that speaks, and answers questions, and learns from preferences, on 2 cores (report in runs/demo)
 	@$(BIN)/llama-jax demo --out $(OUT)
 
 test: lint  ## Lint, then run the whole suite
