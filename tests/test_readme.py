@@ -62,8 +62,7 @@ def test_the_blocks_on_finetuning_run_and_every_recipe_lowers_its_loss(tmp_path)
     texts = [path.read_text() for path in sorted((ROOT / "experiments" / "data").glob("*.jsonl"))]
     write_tiny_checkpoint(tmp_path / "tiny" / "hf", texts)
     (flags,) = re.findall(r'FLAGS="([^"]+)"', commands(FINETUNING, "console"))
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    run_blocks(FINETUNING, tmp_path, MODEL="tiny/hf", FLAGS=f"{flags} --loop.log-every 1", **cache)
+    run_blocks(FINETUNING, tmp_path, MODEL="tiny/hf", FLAGS=f"{flags} --loop.log-every 1")
     for name in RECIPES:
         losses = [record["train/loss"] for record in read_metrics(tmp_path / "runs" / name) if "train/loss" in record]
         assert losses[-1] < losses[0] - 1, f"{name}: {losses}"
@@ -73,8 +72,7 @@ def test_the_blocks_on_preferences_run_and_what_they_leave_is_there(tmp_path):
     """With a tiny model, and with the settings that the guide gives for a laptop."""
     write_tiny_checkpoint(tmp_path / "tiny" / "hf", [textbook(0, number) for number in range(40)], vocab_size=500)
     (small,) = re.findall(r'SMALL="([^"]+)"', commands(RLHF, "console"))
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    run_blocks(RLHF, tmp_path, MODEL="tiny/hf", SMALL=small, **cache)
+    run_blocks(RLHF, tmp_path, MODEL="tiny/hf", SMALL=small)
     for name in ("helpful", "best", "ppo", "dpo", "distilled"):
         assert (tmp_path / "runs" / name / "report.md").stat().st_size > 500, name
     assert len([one for one in read_metrics(tmp_path / "runs" / "ppo") if "reward/mean" in one]) == 2

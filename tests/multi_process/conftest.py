@@ -1,3 +1,3 @@
-"""The stages' corpus and cache serve here too."""
+"""The stages' corpus serves here too."""
 
-from tests.stages.conftest import cache, corpus, tokenizer_file  # noqa: F401
+from tests.stages.conftest import corpus, tokenizer_file  # noqa: F401

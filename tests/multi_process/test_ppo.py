@@ -1,12 +1,11 @@
 """PPO on eight devices, and on two processes of four, draws, judges and learns what one device does."""
 
 import json
-import socket
 
 import pytest
 
 from tests.stages.reward_models import write_reward_model
-from tests.stages.runs import finish, learned, newest, start
+from tests.stages.runs import finish, free_address, learned, newest, start
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 QUESTIONS = [f"tell {thing} {number}" for thing in ("tea", "car", "sky") for number in range(8)]
@@ -43,32 +42,29 @@ def words(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def one(words, cache, tmp_path_factory):
+def one(words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "one"
-    code, _, err = finish(start([*words, "--out", str(folder)], cache))
+    code, _, err = finish(start([*words, "--out", str(folder)]))
     assert code == 0, err
     return folder
 
 
-def run_eight(arguments, cache):
-    return [finish(start([*arguments, "--mesh", "data=2,fsdp=4"], cache, devices=8))]
+def run_eight(arguments):
+    return [finish(start([*arguments, "--mesh", "data=2,fsdp=4"], devices=8))]
 
 
-def run_two(arguments, cache):
+def run_two(arguments):
     """Two processes with four devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    joined = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
     mesh = [*arguments, "--mesh", "data=2,fsdp=2,tensor=2"]
-    return [finish(p) for p in [start(mesh, cache, 4, **joined, JAX_PROCESS_ID=str(i)) for i in range(2)]]
+    return [finish(p) for p in [start(mesh, 4, **joined, JAX_PROCESS_ID=str(i)) for i in range(2)]]
 
 
 @pytest.mark.parametrize("runner", [run_eight, run_two])
-def test_devices_and_processes_change_nothing(one, words, cache, tmp_path, runner):
+def test_devices_and_processes_change_nothing(one, words, tmp_path, runner):
     """Losses, rewards and every other number to float32's rounding; the answers to the letter."""
     folder = tmp_path / "run"
-    endings = runner([*words, "--out", str(folder)], cache)
+    endings = runner([*words, "--out", str(folder)])
     assert {code for code, _, _ in endings} == {0}, endings
     for ours, theirs in zip(learned(folder), learned(one), strict=True):
         ours, theirs = ({k: v for k, v in r.items() if k != "sampler/largest_difference"} for r in (ours, theirs))

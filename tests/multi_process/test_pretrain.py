@@ -3,12 +3,11 @@
 import re
 import shutil
 import signal
-import socket
 import time
 
 import pytest
 
-from tests.stages.runs import finish, learned, newest, start, write_recipe
+from tests.stages.runs import finish, free_address, learned, newest, start, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -16,46 +15,34 @@ def recipe(tmp_path_factory, corpus, tokenizer_file):
     return write_recipe(tmp_path_factory.mktemp("recipe"), corpus, tokenizer_file, 20)
 
 
-def start_two(arguments, cache):
+def start_two(arguments):
     """Two processes with two devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    return [
-        start(
-            arguments,
-            cache,
-            devices=2,
-            JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(index),
-        )
-        for index in range(2)
-    ]
+    joined = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
+    return [start(arguments, 2, **joined, JAX_PROCESS_ID=str(index)) for index in range(2)]
 
 
-def run_two(arguments, cache):
-    return [finish(process) for process in start_two(arguments, cache)]
+def run_two(arguments):
+    return [finish(process) for process in start_two(arguments)]
 
 
-def run_one(arguments, cache):
-    return finish(start(arguments, cache, devices=4))
+def run_one(arguments):
+    return finish(start(arguments, devices=4))
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, recipe, cache):
+def one(tmp_path_factory, recipe):
     """The run of a single process with four devices."""
     folder = tmp_path_factory.mktemp("runs") / "one"
-    code, _, err = run_one(["pretrain", recipe, "--out", str(folder)], cache)
+    code, _, err = run_one(["pretrain", recipe, "--out", str(folder)])
     assert code == 0, err
     return folder
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, recipe, cache):
+def two(tmp_path_factory, recipe):
     """The run of two processes, and what each said."""
     folder = tmp_path_factory.mktemp("runs") / "two"
-    endings = run_two(["pretrain", recipe, "--out", str(folder)], cache)
+    endings = run_two(["pretrain", recipe, "--out", str(folder)])
     assert [code for code, _, _ in endings] == [0, 0], endings
     return folder, [err for _, _, err in endings]
 
@@ -81,21 +68,21 @@ def test_only_process_0_speaks(two):
 
 
 @pytest.mark.parametrize("runner", [run_one, run_two])
-def test_a_run_goes_on_with_another_number_of_processes(one, two, recipe, cache, tmp_path, runner):
+def test_a_run_goes_on_with_another_number_of_processes(one, two, recipe, tmp_path, runner):
     begun = two[0] if runner is run_one else one
     folder = shutil.copytree(begun, tmp_path / "run")
     for step in (15, 20):
         shutil.rmtree(folder / f"checkpoints/{step}")
-    endings = runner(["pretrain", recipe, "--out", str(folder), "--resume", "must"], cache)
+    endings = runner(["pretrain", recipe, "--out", str(folder), "--resume", "must"])
     endings = [endings] if runner is run_one else endings
     assert {code for code, _, _ in endings} == {0}, endings
     assert "resumed at step 10" in endings[0][2]
     assert_same_trace(folder, one)
 
 
-def test_sigterm_to_both_saves_once_and_ends_both_with_42(recipe, cache, one, two, tmp_path):
+def test_sigterm_to_both_saves_once_and_ends_both_with_42(recipe, one, two, tmp_path):
     arguments = ["pretrain", recipe, "--out", str(tmp_path / "run")]
-    processes = start_two(arguments, cache)
+    processes = start_two(arguments)
     heard = ""
     for line in processes[0].stderr:
         heard += line

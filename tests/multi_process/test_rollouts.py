@@ -2,12 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.stages.runs import free_address
 
 PROGRAM = """
 import json
@@ -52,10 +53,7 @@ def drawn_by(process: subprocess.Popen) -> list:
 
 
 def test_every_process_has_what_one_process_draws():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    joined = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
     two = [start(2, JAX_PROCESS_ID=str(index), **joined) for index in range(2)]
     one = drawn_by(start(4))
     first, second = map(drawn_by, two)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,16 +51,14 @@ def write_recipe(folder: Path, corpus: Path, tokenizer: Path | str = "", steps: 
     return str(recipe)
 
 
-def start(arguments: list[str], cache: Path, devices: int = 1, **environment: str) -> subprocess.Popen:
-    """Starts `llama-jax` with these arguments on so many fake devices; compiled programs are kept in `cache`."""
+def start(arguments: list[str], devices: int = 1, **environment: str) -> subprocess.Popen:
+    """Starts `llama-jax` with these arguments on so many fake devices."""
     return subprocess.Popen(
         [sys.executable, "-m", "llama_jax.cli", *arguments],
         env={
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **environment,
         },
         cwd=Path(__file__).parents[2],
@@ -67,6 +66,13 @@ def start(arguments: list[str], cache: Path, devices: int = 1, **environment: st
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def free_address() -> str:
+    """An address of this machine for the processes of a run to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str, str]:

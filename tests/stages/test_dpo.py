@@ -33,7 +33,7 @@ from tests.stages.runs import assert_same_run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device(compiled_once):
+def one_device():
     """Runs of this module take the first of the eight devices, and what they compile is kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo, "make_mesh", lambda text: make_mesh(text, jax.devices()[:1]))

@@ -35,7 +35,7 @@ COMPUTE = Compute(dtype="float32", remat="none")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device(compiled_once):
+def one_device():
     """Runs of this module take the first of the eight devices, and what they compile is kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "make_mesh", lambda text: make_mesh(text, jax.devices()[:1]))

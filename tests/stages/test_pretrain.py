@@ -22,8 +22,6 @@ from llama_jax.training import loop
 from llama_jax.training.metrics import read_metrics
 from tests.stages.runs import STEPS, assert_same_run, learned, newest, write_recipe
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 LOG_LINE = re.compile(
     r"step (\d+)/20 [\d.]+% loss \d+\.\d{3} lr \d\.\de-\d\d gnorm \d+\.\d\d [\d.]+[kMG]? tok/s"
     r"( MFU \d+%)?( HBM [\d.]+/[\d.]+)? data-wait [\d.]+% eta (\d+d\d\dh|\d+h\d\d|\d+m\d\d|\d+s)"
@@ -44,7 +42,7 @@ def recipe(tmp_path_factory, corpus, tokenizer_file):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, recipe, compiled_once):
+def finished(tmp_path_factory, recipe):
     """A run that nothing interrupted: its folder and what it said."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     code, out, err = main(recipe, "--out", folder)

@@ -397,9 +397,7 @@ def real(config: RLHFConfig, folder: Path) -> RLHFConfig:
     )
 
 
-def test_real_stages_fit_each_other_and_end_in_the_same_numbers_after_stops(
-    config, tmp_path, compiled_once, monkeypatch
-):
+def test_real_stages_fit_each_other_and_end_in_the_same_numbers_after_stops(config, tmp_path, monkeypatch):
     """Stopped behind the first save of a reward model, and behind a part of the answers and of the samples; up to PPO."""
     for stage in (reward, sft, ppo):
         monkeypatch.setattr(stage, "make_mesh", lambda text: make_mesh(text, jax.devices()[:1]))

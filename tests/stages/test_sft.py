@@ -67,30 +67,25 @@ def words(base: Path, data: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def full(base, data, cache, tmp_path_factory) -> Path:
+def full(base, data, tmp_path_factory) -> Path:
     """A run that trained every weight, in a process of its own, as users do."""
     folder = tmp_path_factory.mktemp("runs") / "full"
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     flags = ("--epochs", "25", "--optimizer.peak-lr", "4e-3")
-    code, out, err = finish(start(words(base, data, folder, *flags), cache))
+    code, out, err = finish(start(words(base, data, folder, *flags)))
     assert (code, out) == (0, ""), err
     assert before == {path.name: path.read_bytes() for path in base.iterdir()}
     return folder
 
 
 @pytest.fixture(scope="module")
-def adapted(full, cache, tmp_path_factory) -> Path:
+def adapted(full, tmp_path_factory) -> Path:
     """A run of adapters beside that one's model, which had learned other answers."""
     folder = tmp_path_factory.mktemp("runs") / "adapted"
     rows = [{"prompt": f"colour of {thing}?", "response": colour} for thing, colour in OTHERS.items()]
     (folder.parent / "others.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 8))
     flags = ("--epochs", "25", "--optimizer.peak-lr", "1e-2", "--train", "lora", "--lora.rank", "8")
-    code, out, err = finish(start(words(full, folder.parent / "others.jsonl", folder, *flags), cache))
+    code, out, err = finish(start(words(full, folder.parent / "others.jsonl", folder, *flags)))
     assert (code, out) == (0, ""), err
     return folder
 
@@ -172,34 +167,34 @@ def test_adapters_without_their_model_are_no_model(full, adapted, capsys):
     assert f"adapters for the model {newest(full)}, which is not there" in capsys.readouterr().err
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(base, data, cache, tmp_path):
+def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(base, data, tmp_path):
     """With adapters and dropout: keys, data and moments all go on."""
     flags = ("--epochs", "6", "--train", "lora", "--lora.dropout", "0.2", "--optimizer.peak-lr", "1e-2")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert finish(start(words(base, data, whole, *flags), cache))[0] == 0
-    process = start(words(base, data, parts, *flags), cache)
+    assert finish(start(words(base, data, whole, *flags)))[0] == 0
+    process = start(words(base, data, parts, *flags))
     for line in process.stderr:
         if line.startswith("step 7/"):
             process.send_signal(signal.SIGTERM)
             break
     assert finish(process)[0] == 42
-    code, _, err = finish(start(words(base, data, parts, *flags, "--resume", "must"), cache))
+    code, _, err = finish(start(words(base, data, parts, *flags, "--resume", "must")))
     assert code == 0 and "resumed at step" in err, err
     assert_same_run(parts, whole)
 
 
 @pytest.mark.parametrize("bits", ["--int8", "--nf4"])
-def test_adapters_learn_beside_a_quantised_model(full, adapted, cache, tmp_path, bits):
+def test_adapters_learn_beside_a_quantised_model(full, adapted, tmp_path, bits):
     """The trained adapters then belong to the model as it is stored: what quantising rounded is not missed."""
     rows = [{"prompt": f"colour of {thing}?", "response": colour} for thing, colour in OTHERS.items()]
     (tmp_path / "others.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 8))
     flags = ("--epochs", "25", "--optimizer.peak-lr", "1e-2", "--train", "lora", "--lora.rank", "8", bits)
-    code, _, err = finish(start(words(full, tmp_path / "others.jsonl", tmp_path / "run", *flags), cache))
+    code, _, err = finish(start(words(full, tmp_path / "others.jsonl", tmp_path / "run", *flags)))
     assert code == 0 and f"{bits[2:]}: matrices differ from the stored ones by" in err, err
     assert answers(tmp_path / "run") == OTHERS
 
 
-def test_devices_and_micro_batches_change_nothing(base, data, cache, tmp_path):
+def test_devices_and_micro_batches_change_nothing(base, data, tmp_path):
     runs = {}
     ways = {
         "one": (1, ()),
@@ -208,7 +203,7 @@ def test_devices_and_micro_batches_change_nothing(base, data, cache, tmp_path):
     }
     for name, (devices, more) in ways.items():
         out = tmp_path / name
-        code, _, err = finish(start(words(base, data, out, "--epochs", "4", *more), cache, devices))
+        code, _, err = finish(start(words(base, data, out, "--epochs", "4", *more), devices))
         assert code == 0, err
         runs[name] = np.array([record["train/loss"] for record in learned(out)])
     assert len(runs["one"]) > 5 and runs["one"][-1] < runs["one"][0]
@@ -262,9 +257,9 @@ def test_data_must_be_named_and_hold_something(base, tmp_path, capsys):
     assert "empty.jsonl" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_the_held_out_loss_is_known_before_and_after(base, data, cache, tmp_path):
+def test_the_held_out_loss_is_known_before_and_after(base, data, tmp_path):
     flags = ["--data.held-out", "0.3", "--epochs", "4", "--loop.eval-every", "1000", "--optimizer.peak-lr", "4e-3"]
-    code, _, err = finish(start(words(base, data, tmp_path / "run", *flags), cache))
+    code, _, err = finish(start(words(base, data, tmp_path / "run", *flags)))
     assert code == 0, err
     scored = [(r["step"], r["eval/loss"]) for r in learned(tmp_path / "run") if "eval/loss" in r]
     steps = max(record["step"] for record in learned(tmp_path / "run"))
@@ -280,23 +275,23 @@ def test_who_trains_adapters_at_the_rate_of_whole_models_is_told(base, data, tmp
     assert ("is little for adapters" in capsys.readouterr().err) == warned
 
 
-def test_one_step_is_a_run_and_nothing_held_out_is_said(base, data, cache, tmp_path):
+def test_one_step_is_a_run_and_nothing_held_out_is_said(base, data, tmp_path):
     """Of six different dialogues a hundredth is none: there is no loss to show, and no empty line in its place."""
     flags = ["--data.held-out", "0.01", "--epochs", "1", "--rows", "8", "--loop.eval-every", "1"]
-    code, _, err = finish(start(words(base, data, tmp_path / "run", *flags), cache))
+    code, _, err = finish(start(words(base, data, tmp_path / "run", *flags)))
     assert code == 0, err
     assert "--data.held-out 0.1 keeps a tenth of them back" in err and "held-out loss" not in err
     assert not [line for line in err.splitlines() if line.strip() in ("step 0", "step 1")]
     assert not [record for record in learned(tmp_path / "run") if len(record) == 1]
 
 
-def test_a_run_goes_on_with_the_dialogues_and_the_model_it_began_with(base, full, data, cache, tmp_path, capsys):
+def test_a_run_goes_on_with_the_dialogues_and_the_model_it_began_with(base, full, data, tmp_path, capsys):
     copy, run = tmp_path / "copy.jsonl", tmp_path / "run"
     copy.write_bytes(data.read_bytes())
     model = tmp_path / "model"
     shutil.copytree(full, model)
     flags = ["--epochs", "1", "--rows", "8", "--train", "lora", "--loop.log-every", "0"]
-    assert finish(start(words(model, copy, run, *flags), cache))[0] == 0
+    assert finish(start(words(model, copy, run, *flags)))[0] == 0
     copy.rename(copy.with_name("moved.jsonl"))
     assert cli.main(words(model, copy.with_name("moved.jsonl"), run, *flags, "--resume", "must")) == 0
     began_with = newest(model)
