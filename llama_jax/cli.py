@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from llama_jax import __version__
-from llama_jax.errors import Diverged, Preempted, UserError
+from llama_jax.errors import PREEMPTED, Diverged, Preempted, UserError
 
-OK, BUG, BAD_INPUT, DIVERGED, PREEMPTED, INTERRUPTED, READER_GONE = 0, 1, 2, 3, 42, 130, 141
+OK, BUG, BAD_INPUT, DIVERGED, INTERRUPTED, READER_GONE = 0, 1, 2, 3, 130, 141
 
 # Each verb's module in llama_jax.verbs, in which a function of its name (ghost-attention is ghost_attention) takes the
 # words behind the verb; and what it does, in a line.
@@ -83,6 +83,7 @@ def end_of(run: Callable[[], int | None], debug: bool = False) -> int:
         return READER_GONE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        _tell_others(INTERRUPTED, "interrupted")
         return INTERRUPTED
     except Exception as error:
         code, message = _explain(error)
@@ -94,6 +95,8 @@ def end_of(run: Callable[[], int | None], debug: bool = False) -> int:
             print(message, file=sys.stderr)
         if isinstance(error, OSError):
             _silence_stdout()
+        if not isinstance(error, Preempted):  # which all processes agree on
+            _tell_others(code, message or f"{type(error).__name__}: {error}", foreseen=message is not None)
         return code
 
 
@@ -169,6 +172,13 @@ def _explain(error: Exception) -> tuple[int, str | None]:
             f"error: this does not fit into {where} memory ({str(error)[:300] or 'out of memory'}); {remedy}",
         )
     return BUG, None
+
+
+def _tell_others(code: int, message: str, *, foreseen: bool = True) -> None:
+    """Ends this process at once where it is one of several, which would wait for it."""
+    if distributed := sys.modules.get("llama_jax.parallel.distributed"):  # else there are no others
+        sys.stdout.flush()
+        distributed.fail(code, message, foreseen=foreseen)
 
 
 def _silence_stdout() -> None:

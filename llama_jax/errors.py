@@ -1,5 +1,8 @@
 """How a run ends badly: every foreseen failure is one of these, and each has its exit code."""
 
+PREEMPTED = 42
+"""The exit code that asks for the same command again."""
+
 
 class UserError(Exception):
     """Input that cannot be used (exit code 2): the message names what was found, what was expected and the remedy."""

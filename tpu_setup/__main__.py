@@ -112,9 +112,9 @@ def _add_slice_flags(flags: argparse.ArgumentParser) -> None:
     add("--max-restarts", type=int, default=50)
     add(
         "--restart-on",
-        default="42",
+        default="42,134",
         metavar="CODES",
-        help="exit codes after which it is started again; 42: preempted and saved",
+        help="exit codes after which it is started again; 42: preempted and saved, or another host lost; 134: process 0 lost",
     )
     add("--grace", type=int, default=300, help="seconds to save in after SIGTERM")
     add(

@@ -55,7 +55,7 @@ class Run:
     words: Sequence[str]
     environment: dict[str, str]
     max_restarts: int = 50
-    restart_on: str = "42"
+    restart_on: str = "42,134"
 
 
 @dataclass(frozen=True)

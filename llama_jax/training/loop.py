@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.data.packing import Batch, Cursor
 from llama_jax.errors import Diverged, Preempted
+from llama_jax.parallel import distributed
 from llama_jax.training.batches import to_devices
 from llama_jax.training.metrics import (
     MetricsLog,
@@ -46,6 +47,10 @@ class LoopConfig:
     """Also keep the checkpoints of steps divisible by this. 0: none beyond keep_last."""
     profile_steps: int = 0
     """Trace so many steps with the JAX profiler, from the fifth step on, into the run's profile/. 0: none."""
+    lost_after: int = 60
+    """Of several processes: seconds of silence behind which one is lost, and the others end with 42 to be started again."""
+    hang_after: int = 600
+    """Of several processes: seconds without a further step behind which every host's last one is reported."""
 
 
 def fit(
@@ -110,6 +115,7 @@ def fit(
                 score(0)
             for step in range(start, total_steps):
                 profile(loop, folder, step - start)
+                distributed.note_step(step + 1)
                 asked = time.monotonic()
                 local, cursor = next(batches)
                 clock.waited += time.monotonic() - asked

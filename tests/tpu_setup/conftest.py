@@ -26,6 +26,12 @@ NEEDED = ("tpu_setup", "pyproject.toml", "requirements.lock", "llama_jax/__init_
 NEEDED += ("llama_jax/errors.py", "llama_jax/planning", "llama_jax/parallel")
 # Imported rather than run, so that it is compiled once and not at every call.
 PLAY = f'import sys; sys.path.insert(0, "{Path(__file__).parent}"); import fake_cloud; sys.exit(fake_cloud.called())'
+# `python -m tpu_setup` that hears Ctrl-C behind nohup too, where it is ignored, which a process inherits.
+HEARS = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("tpu_setup", run_name="__main__", alter_sys=True)
+"""
 # An environment in no time: what `python -m venv` and pip leave behind, as far as a run needs it.
 PYTHON = f"""#!/bin/sh
 case "$*" in
@@ -99,7 +105,7 @@ class Cloud:
     def command(self, *words: str, **environment: str) -> subprocess.Popen:
         """A command line as a process of its own, which sees the standard library and nothing else."""
         return subprocess.Popen(
-            [sys.executable, "-S", "-m", "tpu_setup", *words],
+            [sys.executable, "-S", "-c", HEARS, *words],
             cwd=self.checkout,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,

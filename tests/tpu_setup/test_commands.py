@@ -33,7 +33,8 @@ GKE = (
 )
 SSH = ("l7", "--backend", "ssh", "--hosts", "one,two")
 SLURM = ("l7", "--backend", "slurm", "--nodes", "2")
-BLOCKS = re.findall(r"^```console\n(.*?)^```$", (SETUP / "README.md").read_text(), re.M | re.S)
+GUIDES = [SETUP / "README.md", ROOT / "docs" / "tpu.md"]
+BLOCKS, OTHERS = (re.findall(r"^```console\n(.*?)^```$", path.read_text(), re.M | re.S) for path in GUIDES)
 
 
 def test_every_shell_file_passes_shellcheck():
@@ -94,8 +95,8 @@ def test_it_runs_where_nothing_is_installed(cloud):
     assert process.returncode == 0 and "queued-resources create l7" in out, err
 
 
-def commands() -> list[list[str]]:
-    lines = "".join(BLOCKS).replace("\\\n", " ").splitlines()
+def commands(blocks: list[str]) -> list[list[str]]:
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [
         shlex.split(line.removeprefix("$ "), comments=True)
         for line in lines
@@ -103,28 +104,32 @@ def commands() -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words[3:6]))
-def test_every_command_of_the_guide_is_accepted(cloud, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [(blocks, words) for blocks in (BLOCKS, OTHERS) for words in commands(blocks)],
+    ids=lambda found: " ".join(found[3:6]) if found[0] == "python3" else "",
+)
+def test_every_command_of_the_guides_is_accepted(cloud, blocks, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, text in slice_files().items():
+    for name, text in slice_files(blocks).items():
         (tmp_path / name).write_text(text)
     cut = words.index("--") if "--" in words else len(words)
     result = cloud(*words[3:cut], *([] if "--help" in words else ["--dry-run"]), *words[cut:])
     assert result.code == 0, result.err
 
 
-def slice_files() -> dict[str, str]:
-    """The files of flags that the guide shows with `cat`."""
-    found = re.findall(r"^\$ cat (\S+)\n(.*?)(?=^\$ |\Z)", "\n".join(BLOCKS), re.M | re.S)
+def slice_files(blocks: list[str]) -> dict[str, str]:
+    """The files of flags that a guide shows with `cat`."""
+    found = re.findall(r"^\$ cat (\S+)\n(.*?)(?=^\$ |\Z)", "\n".join(blocks), re.M | re.S)
     return {name: text.strip() + "\n" for name, text in found}
 
 
 def test_the_guide_shows_every_verb_and_its_printed_commands_are_those_printed(cloud, tmp_path, monkeypatch):
     from tpu_setup.__main__ import VERBS
 
-    assert {words[3] for words in commands()} >= set(VERBS)
+    assert {words[3] for words in commands(BLOCKS)} >= set(VERBS)
     monkeypatch.chdir(tmp_path)
-    for name, text in slice_files().items():
+    for name, text in slice_files(BLOCKS).items():
         (tmp_path / name).write_text(text)
     shown = [block.split("\n", 1) for block in BLOCKS if "--dry-run" in block.split("\n", 1)[0]]
     assert len(shown) == 4

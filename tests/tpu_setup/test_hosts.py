@@ -146,6 +146,24 @@ def test_stop_ends_it_everywhere_and_says_that_the_slice_stays(two):
     assert "is there and paid for until it is deleted" in result.err
 
 
+def test_logs_follow_every_host_to_the_end_of_the_run(two):
+    """The run ends when the follower has shown a line of each host."""
+    waits = 'echo begun; while [ ! -e "$HOME/go" ]; do sleep 0.05; done; echo all of it'
+    two("run", *TWO, "--", "bash", "-c", waits)
+    following, out = two.command("logs", *TWO), ""
+    while not all(f"{name}| begun" in out for name in NAMES):
+        line = following.stdout.readline()
+        assert line, (out, following.stderr.read())
+        out += line
+    for name in NAMES:
+        (two.host(name) / "go").touch()
+    rest, err = following.communicate(timeout=120)
+    assert following.returncode == 0, err
+    for name in NAMES:
+        lines = [line for line in (out + rest).splitlines() if line.startswith(f"{name}| ")]
+        assert f"{name}| all of it" in lines and "ended with 0" in lines[-1]
+
+
 def test_logs_go_on_where_a_connection_broke(two):
     """The first connection breaks after 400 bytes; nothing is shown twice, and nothing is left out."""
     two("run", *TWO, "--", *TRAIN, "40")
@@ -186,6 +204,22 @@ def test_one_host_that_ends_badly_ends_the_others_and_is_named(two):
     result = two("run", *TWO, "--watch", "--", "bash", "-c", words)
     assert result.code == 2 and "l7-w-1 ended with 2" in result.err and "l7-w-0: ended with 143" in result.err
     assert "restarts" in result.err and "1 restarts" not in result.err
+
+
+def test_a_spot_slice_that_is_preempted_twice_is_made_again_and_the_run_goes_on(cloud):
+    """It is lost once the bucket holds step 6, and step 12; how much further the run comes meanwhile is its own affair."""
+    cloud.fates(
+        [["WAITING_FOR_RESOURCES", "ACTIVE@6", "SUSPENDED"], ["ACTIVE@12", "FAILED"], ["PROVISIONING", "ACTIVE"]]
+    )
+    result = cloud("run", *TWO, "--spot", "--watch", "--", *TRAIN, "18", "6")
+    assert result.code == 0, result.err
+    verbs = [call[4] for call in cloud.calls() if "queued-resources" in call and call[4] != "describe"]
+    assert verbs == ["create", "delete", "create", "delete", "create"]
+    starts = [line.split() for line in (cloud.folder / "starts").read_text().splitlines()]
+    assert "l7-w-1" in {name for name, _ in starts}
+    at = sorted(int(at) for name, at in starts if name == "l7-w-0")
+    assert at[0] == 0 and at[-2] >= 6 and at[-1] >= 12, "each start went on where the bucket was"
+    assert (cloud.folder / "step").read_text() == "18" and "is there and paid for" in result.err
 
 
 def test_a_new_slice_whose_hosts_do_not_answer_yet_is_tried_again(cloud):

@@ -150,7 +150,7 @@ def test_the_command_of_xpk_says_the_same(cloud):
         "--tpu-type=v5litepod-16",
         "--num-slices=1",
         "--max-restarts=50",
-        "--restart-on-exit-codes=42",
+        "--restart-on-exit-codes=42,134",
         "--docker-image=img:1",
     }
     assert flags <= set(words)
@@ -202,7 +202,7 @@ def test_slurm_gets_the_words_unchanged_and_one_job_at_a_time(cloud):
     words = ["it's", "two words", "$HOME"]
     assert cloud("run", *SLURM, "--sbatch=--time=8:00:00", "--env", "A=b c", "--", *words).code == 0
     (call,) = [call for call in cloud.calls() if call[0] == "sbatch"]
-    assert call[-6:] == ["42", "env", "A=b c", *words] and call[-7] == "50"
+    assert call[-6:] == ["42,134", "env", "A=b c", *words] and call[-7] == "50"
     assert {
         "--nodes=2",
         "--ntasks-per-node=1",

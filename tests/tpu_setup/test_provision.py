@@ -1,5 +1,7 @@
 """Asking for a slice, waiting, losing it, giving it back: each against a cloud that refuses, preempts and forgets."""
 
+import signal
+
 import pytest
 
 QUEUED = ("l7", "--tpu", "v5p-16", "--zone", "us-east5-a", "--poll", "0.01")
@@ -134,6 +136,17 @@ def test_a_network_that_is_away_for_a_while_does_not_end_the_wait_nor_pass_for_a
 def test_wait_for_what_was_never_asked_for_is_refused(cloud):
     result = cloud("wait", *QUEUED)
     assert result.code == 2 and "does not exist; create asks for it" in result.err
+
+
+def test_ctrl_c_leaves_with_a_word_about_money(cloud):
+    cloud.fates([["PROVISIONING"]])
+    cloud("create", *QUEUED)
+    process = cloud.command("wait", *QUEUED, "--poll", "60")
+    first = process.stderr.readline()
+    assert "PROVISIONING" in first
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130 and PAID in rest and "interrupted" in rest.splitlines()
 
 
 def test_another_slice_of_the_same_name_is_not_taken_for_this_one(cloud):
