@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from llama_jax.config import Compute
 from llama_jax.data.pairs import PreferenceConfig
-from llama_jax.stages.ppo import CONSTANT, PPOConfig
+from llama_jax.stages.ppo_config import CONSTANT, PPOConfig
 from llama_jax.stages.rejection import RejectionConfig
 from llama_jax.stages.reward import RewardConfig
 from llama_jax.stages.rlhf import RLHFConfig

@@ -191,13 +191,21 @@ def decode(
         return (i < steps) & (jnp.sum(state.left_B > 0) > enough)
 
     def step(carry: tuple) -> tuple:
-        i, (cache, token_B, left_B, key_B), (tokens_BT, log_probs_BT) = carry
-        x_BTD, cache = extend(model, token_B[:, None], (left_B > 0).astype(jnp.int32), cache)
-        state, token_B, log_prob_B = _draw(model.logits(x_BTD)[:, 0], cache, left_B, key_B, sampling, eos_id)
+        i, state, (tokens_BT, log_probs_BT) = carry
+        state, token_B, log_prob_B = decode_token(model, state, sampling, eos_id)
         return i + 1, state, (tokens_BT.at[:, i].set(token_B), log_probs_BT.at[:, i].set(log_prob_B))
 
     _, state, (tokens_BT, log_probs_BT) = jax.lax.while_loop(going, step, (0, state, drawn))
     return state, tokens_BT, log_probs_BT
+
+
+def decode_token(
+    model: Transformer, state: Decoding, sampling: Sampling, eos_id: int
+) -> tuple[Decoding, jax.Array, jax.Array]:
+    """One step of `decode`: reads each row's last token and draws the next; gives state, token_B and log_prob_B."""
+    cache, token_B, left_B, key_B = state
+    x_BTD, cache = extend(model, token_B[:, None], (left_B > 0).astype(jnp.int32), cache)
+    return _draw(model.logits(x_BTD)[:, 0], cache, left_B, key_B, sampling, eos_id)
 
 
 def _draw(logits_BV, cache, left_B, key_B, sampling, eos_id) -> tuple[Decoding, jax.Array, jax.Array]:

@@ -41,6 +41,8 @@ class Refused:
     available: float
     """Bytes that a device has for it; 0 where the compiler does not say."""
     message: str
+    beside: float = 0.0
+    """Bytes of these that other programs of the same run keep."""
 
 
 def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> None:

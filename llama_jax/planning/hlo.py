@@ -108,6 +108,8 @@ class Program:
 
     computations: dict[str, Computation]
     entry: str
+    data_loops: int | None = None
+    """How often a loop runs whose number the data decides, if that is known."""
 
     def called(self, instruction: Instruction, name: str = "calls") -> Computation | None:
         """The computation that an attribute of an instruction names."""
@@ -137,15 +139,20 @@ class Program:
                     yield from self._running(self.called(one), times)
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int:
-        """How often a loop's body runs: said by the compiler, or read from a counter that runs up to a constant.
+        """How often a loop's body runs: said by the compiler, read from a counter that runs up to a constant, or `data_loops`.
 
         Raises:
-          ValueError: it is neither.
+          ValueError: it is none of these.
         """
         if known := re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes):
             return int(known[1])
         condition, body = self.called(loop, "condition"), self.called(loop, "body")
-        limit, place = self._limit(condition)
+        try:
+            limit, place = self._limit(condition)
+        except ValueError:
+            if self.data_loops is None:
+                raise
+            return self.data_loops
         (state,) = computation.operands(loop)
         start = _constant(computation, computation.operands(state)[place]) if state.opcode == "tuple" else 0
         step, new = 1, body.operands(body.root)[place] if body.root.opcode == "tuple" else None

@@ -8,11 +8,12 @@ import dataclasses
 import math
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
+from llama_jax.generation.sampler import Decoding
 from llama_jax.parallel.mesh import format_mesh, make_mesh, mesh_sizes_of
 from llama_jax.planning import hlo
 from llama_jax.planning.compiling import Refused, compile_for, devices_of
@@ -21,6 +22,7 @@ from llama_jax.planning.programs import Job
 from llama_jax.planning.roofline import Placement, Roofline, collective_seconds, cycles_seconds, place, roofline
 from llama_jax.planning.topology import Topology
 from llama_jax.training.metrics import format_count, say
+from llama_jax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Memory:
     """Activations, gradients, gathered weights."""
     program: float
     """The program itself, and results that reuse no argument's memory."""
+    cache: float = 0.0
+    """Keys and values of what is being drawn."""
+    beside: float = 0.0
+    """What other programs of the same run keep meanwhile."""
 
     @property
     def total(self) -> float:
@@ -68,6 +74,7 @@ class Plan:
     chips: int
     mesh: dict[str, int]
     remat: str
+    """What is recomputed; empty for a program that trains nothing."""
     micro_batches: int
     rows: int
     length: int
@@ -82,6 +89,10 @@ class Plan:
     compile_seconds: float
     host_bytes: float
     """The most that the planning process has held."""
+    runs: int = 1
+    """How often an iteration of the recipe runs the program."""
+    offloaded: float = 0.0
+    """Bytes that the host keeps for a chip: the optimizer's moments, where they are offloaded."""
     refused: Refused | None = None
     """Set where the compiler finds that it does not fit; then nothing below is known."""
     memory: Memory | None = None
@@ -125,7 +136,12 @@ class Plan:
 
     def flags(self) -> str:
         """What the command line of the run has to say for this plan."""
-        return f"--mesh {format_mesh(self.mesh)} --micro-batches {self.micro_batches} --compute.remat {self.remat}"
+        if not self.remat:
+            return f"--mesh {format_mesh(self.mesh)}"
+        return (
+            f"--mesh {format_mesh(self.mesh)} --micro-batches {self.micro_batches} --compute.remat {self.remat}"
+            + " --compute.offload" * bool(self.offloaded)
+        )
 
 
 def make_plan(job: Job, topology: Topology) -> Plan:
@@ -138,9 +154,12 @@ def make_plan(job: Job, topology: Topology) -> Plan:
     mesh = make_mesh(job.config.mesh, devices)
     sizes = mesh_sizes_of(job.config.mesh, len(devices), topology.slices)
     step, arguments = job.describe(mesh)
+    beside = bytes_per_device(job.beside(mesh))
+    micro_batches, remat = (job.config.micro_batches, job.config.compute.remat) if job.trains else (1, "")
     say(
-        f"compiling the {job.stage} step of a {format_count(job.model.n_params)}-parameter model for {topology}, mesh "
-        f"{format_mesh(sizes)}, micro-batches {job.config.micro_batches}, remat {job.config.compute.remat}; this takes minutes ..."
+        f"compiling {job.stage}: a {format_count(job.model.n_params)}-parameter model for {topology}, mesh {format_mesh(sizes)}"
+        + f", micro-batches {micro_batches}, remat {remat}" * job.trains
+        + "; this takes minutes ..."
     )
     began = time.monotonic()
     compiled = compile_for(step, mesh, arguments)
@@ -150,8 +169,8 @@ def make_plan(job: Job, topology: Topology) -> Plan:
         "slices": topology.slices,
         "chips": topology.chips,
         "mesh": sizes,
-        "remat": job.config.compute.remat,
-        "micro_batches": job.config.micro_batches,
+        "remat": remat,
+        "micro_batches": micro_batches,
         "rows": job.rows,
         "length": job.length,
         "parameters": job.model.n_params,
@@ -161,14 +180,21 @@ def make_plan(job: Job, topology: Topology) -> Plan:
         "usable_bytes": topology.chip.usable_bytes,
         "compile_seconds": round(time.monotonic() - began, 1),
         "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
+        "runs": job.runs,
+        "offloaded": bytes_per_device(arguments, on_host=True),
     }
     if isinstance(compiled, Refused):
-        return Plan(**known, refused=compiled)
-    cost = program_cost(hlo.parse(compiled.as_text()), mesh.size)
+        return Plan(**known, refused=replace(compiled, asked=compiled.asked and compiled.asked + beside, beside=beside))
+    memory = memory_of(compiled.memory_analysis(), arguments, beside)
+    if memory.total > topology.chip.usable_bytes:
+        too_much = Refused(memory.total, topology.chip.usable_bytes, "the run's programs do not fit together", beside)
+        return Plan(**known, refused=too_much)
+    program = replace(hlo.parse(compiled.as_text()), data_loops=job.data_loops)
+    cost = program_cost(program, mesh.size)
     placement = place(mesh.devices, topology)
     return Plan(
         **known,
-        memory=memory_of(compiled.memory_analysis(), arguments),
+        memory=memory,
         matmul_flops=cost.matmul_flops,
         kernel_flops=cost.kernel_flops,
         model_flops=job.model_flops / mesh.size,
@@ -181,25 +207,40 @@ def make_plan(job: Job, topology: Topology) -> Plan:
     )
 
 
-def memory_of(analysis: Any, arguments: tuple) -> Memory:
-    """The compiler's account of a device's memory, its arguments told apart by what they are."""
-    state, batch, *frozen = arguments
-    parameters = bytes_per_device((state.model, *frozen))
-    optimizer = bytes_per_device(state.opt_state)
-    rest = bytes_per_device((batch, state.step, state.skipped, state.skipped_in_row))
+def memory_of(analysis: Any, arguments: tuple, beside: float = 0.0) -> Memory:
+    """The compiler's account of a device's memory, its arguments told apart by what they are.
+
+    Args:
+      analysis: the compiled program's.
+      arguments: a state, a batch and frozen weights; or a model, and the rows that it reads or draws.
+      beside: bytes that others keep.
+    """
+    first, second, *frozen = arguments
+    optimizer = cache = counters = 0.0
+    if isinstance(first, TrainState):
+        optimizer, counters = (
+            bytes_per_device(first.opt_state),
+            bytes_per_device((first.step, first.skipped, first.skipped_in_row)),
+        )
+        first = first.model
+    if isinstance(second, Decoding):
+        cache, second = bytes_per_device(second.cache), second[1:]
+    parameters, rest = bytes_per_device((first, *frozen)), bytes_per_device(second) + counters
     return Memory(
         parameters,
         optimizer,
         rest,
-        analysis.argument_size_in_bytes - parameters - optimizer - rest,
+        analysis.argument_size_in_bytes - parameters - optimizer - rest - cache,
         analysis.temp_size_in_bytes,
         analysis.generated_code_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        cache,
+        beside,
     )
 
 
-def bytes_per_device(tree: Any) -> float:
-    """Bytes per device of shapes with shardings."""
-    leaves = jax.tree.leaves(tree)
+def bytes_per_device(tree: Any, *, on_host: bool = False) -> float:
+    """Bytes per device of shapes with shardings: of what lies in the devices' memory, or in the host's."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == "pinned_host") == on_host]
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 

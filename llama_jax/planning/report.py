@@ -1,10 +1,14 @@
 """A plan for people: every number with its unit, and whether it is exact, counted or estimated."""
 
+from collections.abc import Sequence
+
 from llama_jax.parallel.mesh import format_mesh
 from llama_jax.planning.carbon import KG_PER_KWH, PUE, Footprint
 from llama_jax.planning.compiling import Refused
 from llama_jax.planning.plan import Plan
 from llama_jax.training.metrics import format_count
+
+_ALWAYS = ("parameters", "temporary")
 
 
 def format_plan(plan: Plan, footprint: Footprint | None) -> str:
@@ -19,6 +23,27 @@ def format_plan(plan: Plan, footprint: Footprint | None) -> str:
     return "\n".join([*lines, _line("flags", plan.flags()), _line("made by", f"{made} {host}")])
 
 
+def format_iteration(plans: Sequence[Plan], answers: int) -> str:
+    """What the programs of an iteration come to, one after the other, each at its bound."""
+    seconds = sum(plan.runs * plan.seconds.bound for plan in plans)
+    most = max(plans, key=lambda plan: plan.memory.total)
+    lines = [
+        _line(
+            "iteration" * (not number),
+            f"{plan.stage}: {plan.runs:,} times {plan.seconds.bound:.3g} s, {plan.runs * plan.seconds.bound:.3g} s or "
+            f"{plan.runs * plan.seconds.bound / seconds:.0%}",
+        )
+        for number, plan in enumerate(plans)
+    ]
+    return "\n".join(
+        [
+            *lines,
+            _line("", f"{seconds:.3g} s for {answers:,} answers at the bound, {answers / seconds:.3g} answers/s"),
+            _line("most memory", f"{_size(most.memory.total)} of {_size(most.usable_bytes)} a chip, in {most.stage}"),
+        ]
+    )
+
+
 def format_refusal(plan: Plan) -> str:
     """By how much a plan does not fit."""
     refused: Refused = plan.refused
@@ -28,6 +53,8 @@ def format_refusal(plan: Plan) -> str:
     return (
         f"does not fit: {_size(refused.asked)} asked of {_size(refused.available)} a chip (exact: the compiler's), "
         f"{_size(over)} too much"
+        + f"; {_size(refused.beside)} of it is kept for the run's other programs"
+        * bool(refused.beside)
     )
 
 
@@ -36,12 +63,13 @@ def _head(plan: Plan) -> list[str]:
     lines = [
         _line(
             "plan",
-            f"{plan.stage} on {several}{plan.topology}, {plan.chips} chips; mesh {format_mesh(plan.mesh)}, "
-            f"{plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)}, remat {plan.remat}",
+            f"{plan.stage} on {several}{plan.topology}, {plan.chips} chips; mesh {format_mesh(plan.mesh)}"
+            + f", {plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)}, remat {plan.remat}"
+            * bool(plan.remat),
         ),
         _line(
             "step",
-            f"{plan.rows:,} sequences of {plan.length:,} tokens: {plan.tokens_per_step:,} tokens through "
+            f"{plan.rows:,} sequences of {plan.length:,} token{'s' * (plan.length > 1)}: {plan.tokens_per_step:,} tokens through "
             f"{format_count(plan.parameters)} parameters",
         ),
     ]
@@ -53,7 +81,7 @@ def _costs(plan: Plan) -> list[str]:
     total = f"{_size(own.total)} of {_size(plan.usable_bytes)} that a program may have of a chip"
     lines = [
         _line("memory", f"{total} (exact: the compiler's)"),
-        _line("", ", ".join(f"{name} {_size(value)}" for name, value in vars(own).items())),
+        _line("", ", ".join(f"{name} {_size(value)}" for name, value in vars(own).items() if value or name in _ALWAYS)),
         _line(
             "FLOPs",
             f"{flops:.3g} a chip and step: matmuls {plan.matmul_flops:.3g} (exact), attention kernels "
@@ -61,6 +89,14 @@ def _costs(plan: Plan) -> list[str]:
         ),
         _line("HBM", f"{_size(plan.bytes_through_hbm)} a chip and step (counted in the compiled program)"),
     ]
+    if plan.offloaded:
+        lines.insert(
+            2,
+            _line(
+                "",
+                f"and {_size(plan.offloaded)} of the host's for each chip: the optimizer's moments, whose way there and back is in no time below",
+            ),
+        )
     if plan.unknown_kernels:
         lines.append(_line("", f"not counted, FLOPs not known: {', '.join(plan.unknown_kernels)}"))
     for title, exchange in zip(["collectives"] + [""] * len(plan.exchanges), plan.exchanges, strict=False):

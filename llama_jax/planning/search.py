@@ -29,10 +29,11 @@ class Candidate:
     mesh: dict[str, int]
     micro_batches: int
     remat: str
+    offload: bool = False
 
     def applied(self, config: RunConfig) -> RunConfig:
         """The recipe run this way."""
-        compute = replace(config.compute, remat=self.remat)
+        compute = replace(config.compute, remat=self.remat, offload=self.offload)
         return replace(config, mesh=format_mesh(self.mesh), micro_batches=self.micro_batches, compute=compute)
 
 
@@ -52,7 +53,8 @@ def nearest_that_fits(
     compile_job: Callable[[Job], Plan],
     tries: int,
 ) -> Found:
-    """The least change to a refused plan that fits: more micro-batches first, then more recomputed, then another mesh.
+    """The least change to a refused plan that fits: more micro-batches first, then more recomputed, then another mesh, and
+    the optimizer's moments on the host last.
 
     Args:
       config: the recipe that was refused.
@@ -62,20 +64,21 @@ def nearest_that_fits(
       compile_job: gives a job's plan.
       tries: how many candidates to compile at most.
     """
-    here = Candidate(refused.mesh, refused.micro_batches, refused.remat)
+    here = Candidate(refused.mesh, refused.micro_batches, refused.remat, refused.offloaded > 0)
     fuller = REMAT[REMAT.index(refused.remat) :]
     same_mesh = [
-        Candidate(refused.mesh, micro, remat)
+        Candidate(refused.mesh, micro, remat, here.offload)
         for remat in fuller
         for micro in _micro_batches(refused.rows, refused.mesh, at_least=refused.micro_batches)
     ]
     others = [
-        Candidate(mesh, micro, "full")
+        Candidate(mesh, micro, "full", here.offload)
         for mesh in sorted(meshes(topology), key=lambda mesh: (mesh["tensor"] * mesh["context"], mesh["data"]))
         if mesh != refused.mesh
         for micro in _micro_batches(refused.rows, mesh)
     ]
-    jobs = _jobs((one for one in (*same_mesh, *others) if one != here), config, model)
+    on_the_host = [replace(one, offload=True) for one in (*same_mesh, *others)] if not here.offload else []
+    jobs = _jobs((one for one in (*same_mesh, *others, *on_the_host) if one != here), config, model)
     jobs = ((one, job) for one, job in jobs if _guess(one, job, refused) <= _HEADROOM * _available(refused))
     tried = []
     for _, job in itertools.islice(jobs, tries):
@@ -101,11 +104,22 @@ def best(
     order = sorted(meshes(topology), key=lambda mesh: (mesh["tensor"] * mesh["context"], mesh["data"], mesh["context"]))
     refused: Plan | None = None
     for mesh in order:
-        rows = next((job.rows for _, job in _jobs([Candidate(mesh, 1, config.compute.remat)], config, model)), None)
+        rows = next(
+            (
+                job.rows
+                for _, job in _jobs([Candidate(mesh, 1, config.compute.remat, config.compute.offload)], config, model)
+            ),
+            None,
+        )
         if rows is None:
             continue
         for candidate, job in _jobs(
-            (Candidate(mesh, micro, config.compute.remat) for micro in _micro_batches(rows, mesh)), config, model
+            (
+                Candidate(mesh, micro, config.compute.remat, config.compute.offload)
+                for micro in _micro_batches(rows, mesh)
+            ),
+            config,
+            model,
         ):
             if len(tried) >= max(tries - 1, 1):  # one is kept for less recomputation
                 break
@@ -120,7 +134,9 @@ def best(
     if fastest is not None:
         less = REMAT[: REMAT.index(fastest.remat)]
         for candidate, job in _jobs(
-            (Candidate(fastest.mesh, fastest.micro_batches, remat) for remat in reversed(less)), config, model
+            (Candidate(fastest.mesh, fastest.micro_batches, remat, config.compute.offload) for remat in reversed(less)),
+            config,
+            model,
         ):
             if len(tried) < tries and _guess(candidate, job, fastest) <= _HEADROOM * _available(fastest):
                 tried.append(compile_job(job))
@@ -177,13 +193,18 @@ def _guess(candidate: Candidate, job: Job, known: Plan) -> float:
     tokens_now = job.rows * job.length / candidate.micro_batches
     kept_was = tokens_was * _kept(job.model, known.remat, known.mesh)
     kept_now = tokens_now * _kept(job.model, candidate.remat, candidate.mesh)
-    work = max(_asked(known) - _state(job, known.mesh, known.micro_batches) - kept_was, 0.0)
-    return _state(job, candidate.mesh, candidate.micro_batches) + kept_now + work * tokens_now / tokens_was
+    work = max(_asked(known) - _state(job, known.mesh, known.micro_batches, known.offloaded > 0) - kept_was, 0.0)
+    return (
+        _state(job, candidate.mesh, candidate.micro_batches, candidate.offload)
+        + kept_now
+        + work * tokens_now / tokens_was
+    )
 
 
-def _state(job: Job, mesh: dict[str, int], micro_batches: int) -> float:
+def _state(job: Job, mesh: dict[str, int], micro_batches: int, offload: bool) -> float:
     """Bytes of a chip for parameters and moments, and for the sum of gradients where there are micro-batches."""
-    each = 2.0 if getattr(job.config, "train", "all") == "lora" else 12.0 + 4.0 * (micro_batches > 1)
+    whole = (4.0 if offload else 12.0) + 4.0 * (micro_batches > 1)
+    each = 2.0 if getattr(job.config, "train", "all") == "lora" else whole
     return each * job.model.n_params * mesh["data"] / math.prod(mesh.values())
 
 

@@ -37,7 +37,7 @@ from llama_jax.data.pairs import (
     pair_batches,
 )
 from llama_jax.errors import UserError
-from llama_jax.model.lora import LoraConfig, adapt, describe_adapters
+from llama_jax.model.lora import Adapters, LoraConfig, adapt, describe_adapters
 from llama_jax.model.transformer import Transformer, abstract
 from llama_jax.parallel import distributed
 from llama_jax.parallel.mesh import check_divides, constrain, make_mesh, mesh_sizes, ways
@@ -96,7 +96,16 @@ class DPOConfig(RunConfig):
 # What may differ between a run and its continuation. The model, the tokenizer and the pairs are compared by what they turned
 # out to be, not by the names under which they were found.
 FREE_TO_CHANGE = (
-    *("compute.attention", "compute.remat", "compute.loss_chunk", "loop", "micro_batches", "length", "checkpoint"),
+    *(
+        "compute.attention",
+        "compute.remat",
+        "compute.loss_chunk",
+        "compute.offload",
+        "loop",
+        "micro_batches",
+        "length",
+        "checkpoint",
+    ),
     *("data.sources", "data.tests", "data.eval_pairs", "mesh", "out", "resume", "dry_run", "json"),
 )
 
@@ -132,7 +141,7 @@ def run(config: DPOConfig) -> None:
       Diverged: loss or gradient was not finite three times in a row.
       Preempted: told to stop, and saved.
     """
-    distributed.initialize()
+    distributed.initialize(config.loop.lost_after, config.loop.hang_after)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         prepared = prepare(config, mesh)
@@ -177,8 +186,7 @@ def prepare(config: DPOConfig, mesh: Mesh) -> Run:
     check_divides(mesh_sizes(mesh), model, shape.rows // config.micro_batches, length)
     total_steps = config.epochs * order.batches
     schedule = warmed_up(config.optimizer, total_steps)
-    trained = describe_adapters(model, config.lora) if config.train == "lora" else model
-    optimizer = make_optimizer(schedule, trained, total_steps)
+    optimizer = make_optimizer(schedule, declared(config, model), total_steps)
     return Run(config, checkpoint, model, tokenizer, loaded, order, shape, total_steps, mesh, schedule, optimizer)
 
 
@@ -211,7 +219,7 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
     def evaluate(state: TrainState) -> dict[str, float]:
         if not len(few):
             return {}
-        drift_n2 = drifts_of(assemble(prepared, state.model, frozen), loaded.held_out, few)
+        drift_n2 = drifts_of(assemble(config, state.model, frozen), loaded.held_out, few)
         terms = pair_terms(drift_n2, config.beta, config.label_smoothing)
         return {f"eval/{name}": float(np.mean(values)) for name, values in terms.items()}
 
@@ -238,7 +246,7 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
         evaluate=evaluate,
         evaluate_first=True,
     )
-    policies = assemble(prepared, state.model, frozen)
+    policies = assemble(config, state.model, frozen)
     rewards = (config.beta * drifts_of(policies, pairs, np.arange(len(pairs))) for pairs in loaded[1:3])
     write_scores(Path(config.out), loaded, *rewards)
 
@@ -246,7 +254,9 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
 def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Transformer, BatchCursor]:
     """The state to train from, the frozen reference beside it, and the place in the data."""
     config, mesh, optimizer = prepared.config, prepared.mesh, prepared.optimizer
-    abstract_state = steps.abstract_state(prepared.model, optimizer, mesh, prepared.lora)
+    abstract_state = steps.abstract_state(
+        prepared.model, optimizer, mesh, prepared.lora, offload=config.compute.offload
+    )
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     frozen = load_model(prepared.checkpoint, mesh, config.compute.dtype)[0]
     if restored := checkpoints.restore_newest(abstract_state):
@@ -260,11 +270,16 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Transfor
     return steps.adopt(model, optimizer, layout), frozen, BatchCursor()
 
 
-def assemble(prepared: Run, trained: Any, frozen: Transformer, key: jax.Array | None = None) -> Policies:
+def declared(config: DPOConfig, model: LlamaConfig) -> LlamaConfig | Adapters:
+    """What is trained, as `make_optimizer` takes it."""
+    return describe_adapters(model, config.lora) if config.train == "lora" else model
+
+
+def assemble(config: DPOConfig, trained: Any, frozen: Transformer, key: jax.Array | None = None) -> Policies:
     """The policy, which is what is trained or the frozen model with adapters, beside the reference; with a key, the dropout
     of the policy's adapters is on.
     """
-    return Policies(adapt(frozen, trained, prepared.lora, key) if prepared.lora else trained, frozen)
+    return Policies(adapt(frozen, trained, config.lora, key) if config.train == "lora" else trained, frozen)
 
 
 def make_drifts(prepared: Run) -> Callable[[Policies, Pairs, np.ndarray], np.ndarray]:
@@ -286,21 +301,32 @@ def make_drifts(prepared: Run) -> Callable[[Policies, Pairs, np.ndarray], np.nda
     return drifts_of
 
 
-def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
-    """Compiles the training step without any array; gives `step(state, batch, frozen)` and what it will take."""
-    config, mesh = prepared.config, prepared.mesh
-    state = steps.abstract_state(prepared.model, prepared.optimizer, mesh, prepared.lora)
+def describe_step(
+    config: DPOConfig, model: LlamaConfig, shape: BatchShape, optimizer: GradientTransformation, mesh: Mesh
+) -> tuple[Callable, tuple[TrainState, PairBatch, Transformer]]:
+    """The training step for batches of a shape, and the state, batch and reference that it takes as shapes, dtypes and
+    shardings.
+    """
+    state = steps.abstract_state(
+        model, optimizer, mesh, config.lora if config.train == "lora" else None, offload=config.compute.offload
+    )
     train_step = steps.make_train_step(
-        prepared.optimizer,
+        optimizer,
         config.compute,
         objective=dpo_objective(config.beta, config.label_smoothing),
         micro_batches=config.micro_batches,
         layout=jax.tree.map(lambda leaf: leaf.sharding, state),
-        assemble=partial(assemble, prepared),
+        assemble=partial(assemble, config),
         seed=config.seed,
     )
-    frozen, batch = abstract(prepared.model, mesh, config.compute.dtype), abstract_pairs(mesh, prepared.shape)
-    return compiling.compile_step(train_step, mesh, prepared.model.n_params, state, batch, frozen)
+    return train_step, (state, abstract_pairs(mesh, shape), abstract(model, mesh, config.compute.dtype))
+
+
+def compile_step(prepared: Run) -> tuple[Callable, dict[str, Any]]:
+    """Compiles the training step without any array; gives `step(state, batch, frozen)` and what it will take."""
+    model, mesh = prepared.model, prepared.mesh
+    train_step, arguments = describe_step(prepared.config, model, prepared.shape, prepared.optimizer, mesh)
+    return compiling.compile_step(train_step, mesh, model.n_params, *arguments)
 
 
 def banner(prepared: Run, plan: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ class PretrainConfig(RunConfig):
 # What may differ between a run and its continuation: where and how it runs, not what it computes. The tokenizer is
 # compared by its content.
 FREE_TO_CHANGE = (
-    *("compute.attention", "compute.remat", "compute.loss_chunk", "data.workers", "data.prefetch"),
+    *("compute.attention", "compute.remat", "compute.loss_chunk", "compute.offload", "data.workers", "data.prefetch"),
     *("data.eval_documents", "loop", "micro_batches", "sample_prompts"),
     *("mesh", "out", "resume", "dry_run", "json", "tokenizer"),
 )
@@ -104,7 +104,7 @@ def run(config: PretrainConfig) -> None:
       Diverged: loss or gradient was not finite three times in a row.
       Preempted: told to stop, and saved.
     """
-    distributed.initialize()
+    distributed.initialize(config.loop.lost_after, config.loop.hang_after)
     check_batch(config)
     mesh = make_mesh(config.mesh)
     check_divides(mesh_sizes(mesh), config.model, config.rows // config.micro_batches, config.length)
@@ -221,7 +221,7 @@ def begin(
     Raises:
       UserError: `init_from` is another model's or another tokenizer's.
     """
-    abstract = steps.abstract_state(config.model, optimizer, mesh)
+    abstract = steps.abstract_state(config.model, optimizer, mesh, offload=config.compute.offload)
     if restored := checkpoints.restore_newest(abstract):
         state, metadata = restored
         say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
@@ -253,7 +253,7 @@ def describe_step(
     config: PretrainConfig, optimizer: GradientTransformation, mesh: Mesh
 ) -> tuple[Callable, tuple[TrainState, Batch]]:
     """The training step, and the state and batch that it takes as shapes, dtypes and shardings."""
-    state = steps.abstract_state(config.model, optimizer, mesh)
+    state = steps.abstract_state(config.model, optimizer, mesh, offload=config.compute.offload)
     train_step = steps.make_train_step(
         optimizer,
         config.compute,

@@ -98,7 +98,16 @@ class RewardConfig(RunConfig):
 # What may differ between a run and its continuation. The model, the tokenizer and the pairs are compared by what they turned
 # out to be, not by the names under which they were found.
 FREE_TO_CHANGE = (
-    *("compute.attention", "compute.remat", "compute.loss_chunk", "loop", "micro_batches", "length", "checkpoint"),
+    *(
+        "compute.attention",
+        "compute.remat",
+        "compute.loss_chunk",
+        "compute.offload",
+        "loop",
+        "micro_batches",
+        "length",
+        "checkpoint",
+    ),
     *("data.sources", "data.tests", "data.eval_pairs", "mesh", "out", "resume", "dry_run", "json"),
 )
 
@@ -135,7 +144,7 @@ def run(config: RewardConfig) -> None:
       Diverged: loss or gradient was not finite three times in a row.
       Preempted: told to stop, and saved.
     """
-    distributed.initialize()
+    distributed.initialize(config.loop.lost_after, config.loop.hang_after)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         prepared = prepare(config, mesh)
@@ -286,7 +295,7 @@ def describe_state(
     trained = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding(mesh, *p.axes)), declared(config, model)
     )
-    return steps.abstract_new_state(trained, optimizer, mesh)
+    return steps.abstract_new_state(trained, optimizer, mesh, offload=config.compute.offload)
 
 
 def make_scorer(prepared: Run) -> PairScorer:

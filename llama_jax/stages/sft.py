@@ -93,7 +93,7 @@ class SFTConfig(RunConfig):
 # What may differ between a run and its continuation. The model, the tokenizer and the dialogues are compared by what they
 # turned out to be, not by the names under which they were found.
 FREE_TO_CHANGE = (
-    *("compute.attention", "compute.remat", "compute.loss_chunk", "loop", "micro_batches"),
+    *("compute.attention", "compute.remat", "compute.loss_chunk", "compute.offload", "loop", "micro_batches"),
     *("checkpoint", "data.sources", "data.eval_dialogues", "mesh", "out", "resume", "dry_run", "json"),
 )
 
@@ -126,7 +126,7 @@ def run(config: SFTConfig) -> None:
       Diverged: loss or gradient was not finite three times in a row.
       Preempted: told to stop, and saved.
     """
-    distributed.initialize()
+    distributed.initialize(config.loop.lost_after, config.loop.hang_after)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         prepared = prepare(config, mesh)
@@ -273,7 +273,9 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, Row
 def describe_state(prepared: Run) -> TrainState:
     """The state as shapes, dtypes and shardings."""
     lora = prepared.config.lora if prepared.is_lora else None
-    return steps.abstract_state(prepared.model, prepared.optimizer, prepared.mesh, lora)
+    return steps.abstract_state(
+        prepared.model, prepared.optimizer, prepared.mesh, lora, offload=prepared.config.compute.offload
+    )
 
 
 def describe_step(
@@ -282,7 +284,9 @@ def describe_step(
     """The training step for a model and rows of `length` tokens, and the state, batch and frozen weights that it takes as
     shapes, dtypes and shardings.
     """
-    state = steps.abstract_state(model, optimizer, mesh, config.lora if config.train == "lora" else None)
+    state = steps.abstract_state(
+        model, optimizer, mesh, config.lora if config.train == "lora" else None, offload=config.compute.offload
+    )
     frozen, assemble = None, steps.whole_model
     if config.train == "lora":
         frozen = abstract(model, mesh, config.compute.dtype)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from llama_jax.config import Compute
 from llama_jax.model.heads import RewardModel
 from llama_jax.model.transformer import Transformer
-from llama_jax.parallel.mesh import batch_rows_of_process, constrain
+from llama_jax.parallel.mesh import batch_rows_of_process, constrain, sharding
 from llama_jax.training import advantages
 from llama_jax.training.answer_rows import place, segment_ids, to_answers, to_rows
 from llama_jax.training.batches import to_devices
@@ -86,7 +86,7 @@ class Programs:
     def __init__(self, mesh: Mesh, rows: int, temperature: float, compute: Compute):
         """Takes the rows of a part and the temperature that the answers were drawn at."""
         self._mesh, self._rows = mesh, rows
-        self._log_probs = jax.jit(partial(_log_probs, temperature=temperature, compute=compute))
+        self._log_probs = make_log_probs(temperature, compute)
         self._values = jax.jit(partial(_values, compute=compute))
 
     def log_probs(self, model: Transformer, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
@@ -111,6 +111,17 @@ class Programs:
             part = AnswerRows(*(array[start : start + self._rows][own] for array in whole))
             parts.append([np.asarray(out) for out in program(model, to_devices(self._mesh, part, self._rows))])
         return tuple(to_answers(places, np.concatenate(outs)) for outs in zip(*parts, strict=True))
+
+
+def make_log_probs(temperature: float, compute: Compute) -> Callable[[Transformer, AnswerRows], tuple[jax.Array, ...]]:
+    """The program that says how likely each target of some rows is, and the entropy of what it is drawn from."""
+    return jax.jit(partial(_log_probs, temperature=temperature, compute=compute))
+
+
+def abstract_rows(mesh: Mesh, rows: int, length: int) -> AnswerRows:
+    """Rows as shapes, dtypes and shardings."""
+    place = sharding(mesh, "batch", "length")
+    return AnswerRows(*[jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)] * 3)
 
 
 def combine(

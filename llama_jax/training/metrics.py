@@ -74,7 +74,12 @@ def train_flops_per_token(model: LlamaConfig, length: int) -> float:
     """Model FLOPs of training on one token: forward and twice that backward, causal attention counted, recomputation
     not.
     """
-    return 3 * (model.matmul_flops_per_token() + model.causal_attention_flops_per_token(length))
+    return 3 * forward_flops_per_token(model, length)
+
+
+def forward_flops_per_token(model: LlamaConfig, length: int) -> float:
+    """Model FLOPs of reading one token, which attends to the mean (length + 1) / 2 others, itself among them."""
+    return model.matmul_flops_per_token() + model.causal_attention_flops_per_token(length)
 
 
 def model_flops_utilisation(model: LlamaConfig, length: int, tokens_per_s: float) -> float | None:

@@ -90,17 +90,26 @@ def begin_adapters(
 
 
 def abstract_state(
-    config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh, lora: LoraConfig | None = None
+    config: LlamaConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    lora: LoraConfig | None = None,
+    *,
+    offload: bool = False,
 ) -> TrainState:
     """The state of a whole model, or of adapters of one, as shapes, dtypes and shardings, for compiling and restoring
     without memory.
     """
     model = transformer.abstract(config, mesh) if lora is None else abstract_adapters(config, lora, mesh)
-    return abstract_new_state(model, optimizer, mesh)
+    return abstract_new_state(model, optimizer, mesh, offload=offload)
 
 
-def abstract_new_state(model: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """What `new_state` makes of shapes with shardings: moments lie as what they belong to, counters on every device."""
+def abstract_new_state(
+    model: Any, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload: bool = False
+) -> TrainState:
+    """What `new_state` makes of shapes with shardings: moments lie as what they belong to, in the host's memory if they are
+    offloaded, counters on every device.
+    """
 
     def everywhere(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return leaf.update(sharding=NamedSharding(mesh, PartitionSpec()))
@@ -108,7 +117,9 @@ def abstract_new_state(model: Any, optimizer: optax.GradientTransformation, mesh
     shapes = jax.eval_shape(lambda model: new_state(model, optimizer), model)
     moments = optax.tree_map_params(
         optimizer,
-        lambda moment, weight: moment.update(sharding=weight.sharding),
+        lambda moment, weight: moment.update(
+            sharding=weight.sharding.with_memory_kind("pinned_host") if offload else weight.sharding
+        ),
         shapes.opt_state,
         model,
         transform_non_params=everywhere,
@@ -221,10 +232,11 @@ def make_train_step(
         sums, grads = mean_gradients(state.model, frozen, batch, key)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        old_opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device) if compute.offload else state.opt_state
+        updates, opt_state = optimizer.update(grads, old_opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         model, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (model, opt_state), (state.model, state.opt_state)
+            lambda new, old: jnp.where(good, new, old), (model, opt_state), (state.model, old_opt_state)
         )
         state = TrainState(
             state.step + 1,

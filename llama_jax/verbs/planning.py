@@ -25,6 +25,8 @@ class PlanFlags:
     """Programs that are compiled at most while looking, minutes each."""
     model_preset: str = ""
     """The architecture, such as llama2-7b, where the recipe names a checkpoint that does not say it."""
+    prompt_tokens: int = 512
+    """Of the longest prompt of PPO, whose prompts are not read."""
     price_per_chip_hour: float | None = None
     """What a chip costs an hour, in any currency."""
     watts_per_chip: float | None = None
@@ -41,7 +43,8 @@ def plan(argv: Sequence[str]) -> None:
 
 The recipe's own training step is compiled for the slice by the TPU compiler (libtpu), which needs no TPU: its memory a chip,
 FLOPs and collectives are the program's own; times are these over published peaks. Compiling takes minutes and about 2 GB;
-what was planned once is kept. Recipes of pretrain, sft and reward can be planned. The fields of the recipe are flags too.
+what was planned once is kept. Recipes of pretrain, sft, reward, dpo and ppo can be planned, and with the word generate in place of
+a recipe the serving of a model. The fields of the recipe are flags too.
 
 Recipes: {", ".join(path.stem for path in list_recipes()) or "none here"}.
 
@@ -52,7 +55,9 @@ Examples:
   llama-jax plan pretrain_7b --topology v5litepod-16 --micro-batches 32
   llama-jax plan pretrain_70b --topology v5p:8x8x8 --compute.remat attention --json > plan.json
   llama-jax plan pretrain_70b --topology v5e:16x16 --slices 2 --search
-  llama-jax plan sft_style --topology v5e:2x2 --model-preset llama2-7b"""
+  llama-jax plan sft_style --topology v5e:2x2 --model-preset llama2-7b
+  llama-jax plan ppo --topology v5p:4x4x4 --model-preset llama2-7b --prompt-tokens 1024
+  llama-jax plan generate --topology v5e:2x4 --model-preset llama2-70b --rows 32 --int8"""
     if argv and argv[0] in ("-h", "--help"):
         show_fields(PlanFlags, "plan RECIPE", text)
     if not argv or argv[0].startswith("-"):
@@ -71,14 +76,40 @@ Examples:
     prepare_environment()  # before jax, which the recipe imports
     from llama_jax.planning import planner
     from llama_jax.planning.carbon import footprint
+    from llama_jax.planning.generation_programs import GenerateConfig
     from llama_jax.planning.plan import to_json
-    from llama_jax.planning.programs import check_plannable, preset
-    from llama_jax.planning.report import format_plan, format_refusal
+    from llama_jax.planning.programs import preset
+    from llama_jax.planning.report import format_iteration, format_plan, format_refusal
+    from llama_jax.stages.dpo import DPOConfig
+    from llama_jax.stages.ppo_config import PPOConfig
+    from llama_jax.stages.pretrain import PretrainConfig
+    from llama_jax.stages.reward import RewardConfig
+    from llama_jax.stages.sft import SFTConfig
 
-    recipe = load_recipe(argv[0], object)
-    check_plannable(recipe)
+    recipe = GenerateConfig() if argv[0] == "generate" else load_recipe(argv[0], object)
+    if not isinstance(recipe, GenerateConfig | PPOConfig | PretrainConfig | SFTConfig | RewardConfig | DPOConfig):
+        stage = type(recipe).__name__.removesuffix("Config")
+        raise UserError(f"a recipe of {stage} cannot be planned; those of pretrain, sft, reward, dpo and ppo can")
     config = config_with_flags(recipe, f"plan {argv[0]}", text, rest)
     model = preset(flags.model_preset) if flags.model_preset else None
+    if isinstance(config, GenerateConfig | PPOConfig):
+        if flags.search:
+            raise UserError(
+                "--search looks for a training step that fits or is fast; plans of ppo and generate take --mesh"
+            )
+        plans = planner.plan_programs(config, model, topology, prompt_tokens=flags.prompt_tokens, fresh=flags.fresh)
+        fit = all(plan.fits for plan in plans)
+        if flags.json:
+            print(json.dumps([to_json(plan) for plan in plans], indent=2))
+        else:
+            print("\n\n".join(format_plan(plan, None) for plan in plans))
+            if fit and isinstance(config, PPOConfig):
+                print("\n" + format_iteration(plans, config.batch))
+        sys.stdout.flush()
+        if not fit:
+            refused = "; ".join(f"{plan.stage} {format_refusal(plan)}" for plan in plans if not plan.fits)
+            raise UserError(f"{refused}; try fewer --rows, more tensor or fsdp in --mesh, or more chips")
+        return
     made, shown = planner.plan_recipe(
         config, model, topology, search=flags.search, tries=flags.tries, fresh=flags.fresh
     )

@@ -15,9 +15,12 @@ from llama_jax.config import LLAMA2_7B, LlamaConfig
 from llama_jax.data.pairs import PreferenceConfig
 from llama_jax.planning import cache, planner
 from llama_jax.planning.compiling import ENVIRONMENT, Refused
+from llama_jax.planning.generation_programs import ppo_jobs
 from llama_jax.planning.plan import Exchange, Memory, Plan, from_json, to_json
 from llama_jax.planning.programs import job_of
 from llama_jax.planning.roofline import Roofline
+from llama_jax.stages.dpo import DPOConfig
+from llama_jax.stages.ppo_config import PPOConfig
 from llama_jax.stages.pretrain import PretrainConfig
 from llama_jax.stages.reward import RewardConfig
 from llama_jax.stages.sft import SFTConfig
@@ -100,7 +103,25 @@ def planned(capsys, monkeypatch):
         ),
         (
             ["tiny_rlhf", "--topology", "v5e:4x4"],
-            "a recipe of RLHF cannot be planned; those of pretrain, sft and reward can",
+            "a recipe of RLHF cannot be planned; those of pretrain, sft, reward, dpo and ppo can",
+        ),
+        (["ppo", "--topology", "v5e:4x4"], "name it with --model-preset"),
+        (
+            ["ppo", "--topology", "v5e:4x4", "--model-preset", "llama2-7b", "--prompt-tokens", "4000"],
+            "the longest prompt that does is --prompt-tokens 3584",
+        ),
+        (
+            ["ppo", "--topology", "v5e:4x4", "--model-preset", "llama2-7b", "--search"],
+            "plans of ppo and generate take --mesh",
+        ),
+        (
+            ["ppo", "--topology", "v5e:4x4", "--model-preset", "llama2-7b", "--mini-batch", "60"],
+            "--mini-batch 60 does not divide --batch 512",
+        ),
+        (["generate", "--topology", "v5e:4x4", "--rows", "0"], "--rows is 0"),
+        (
+            ["generate", "--topology", "v5e:4x4", "--model-preset", "llama2-70b"],
+            "n_kv_heads 8 does not divide over tensor",
         ),
         (["tiny_sft", "--topology", "v5e:4x4"], "name it with --model-preset"),
         (
@@ -209,11 +230,58 @@ def test_what_is_compiled_of_each_stage():
     pairs = RewardConfig(checkpoint="x", data=PreferenceConfig(("p.jsonl",)), pairs=500)
     reward = job_of(pairs, LLAMA2_7B, sizes)
     assert reward.rows == 512 and "most that data can ask for" in reward.assumptions[0]  # 500, up to a multiple of 16
+    dpo = job_of(DPOConfig(checkpoint="x", pairs=500), LLAMA2_7B, sizes)
+    forward = LLAMA2_7B.matmul_flops_per_token() + LLAMA2_7B.causal_attention_flops_per_token(4096)
+    assert dpo.rows == 512 and dpo.model_flops == 512 * 4096 * 4 * forward  # the reference's forward pass is the fourth
+
+
+PPO = ("ppo", "--topology", "v5p:4x4x4", "--model-preset", "llama2-7b")
+
+
+def made_up(job):
+    """A plan of a program whose bound is 40 s, that keeps 1 GB beside it."""
+    trained = {"remat": "full" if job.trains else "", "rows": job.rows, "length": job.length}
+    return replace(PLAN, stage=job.stage, runs=job.runs, memory=replace(PLAN.memory, beside=1e9), **trained)
+
+
+def test_the_programs_of_ppo_are_planned_and_an_iteration_is_their_sum(planned):
+    code, out, err = planned(*PPO, make=made_up)
+    assert code == 0, err
+    # 512 answers, 64 side by side, of 512 tokens; 8 mini-batches for each of two models; five models judge parts of 64 rows.
+    for line in (
+        "ppo, drawing a token: 4,096 times 40 s",
+        "ppo, judging: 40 times 40 s",
+        "ppo, training the policy: 8 times 40 s",
+        "ppo, training the critic: 8 times 40 s",
+        "1.66e+05 s for 512 answers at the bound",
+    ):
+        assert line in out
+    assert out.count("beside 1.00 GB") == 4 and out.count("causal MFU") == 4
+
+
+def test_one_program_that_does_not_fit_is_named_with_what_the_others_keep(planned):
+    def make(job):
+        return replace(REFUSED, stage=job.stage, refused=Refused(20e9, 16e9, "", 9e9)) if job.trains else made_up(job)
+
+    code, out, err = planned(*PPO, make=make)
+    flowing = " ".join(err.replace("│", " ").split())
+    assert code == 2 and "most memory" not in out
+    assert "ppo, training the policy does not fit: 20.00 GB asked of 16.00 GB" in flowing
+    assert "9.00 GB of it is kept for the run's other programs" in flowing and "drawing" not in flowing
+
+
+def test_rows_under_way_are_what_a_run_rounds_them_up_to():
+    sizes = {"data": 3, "fsdp": 16, "context": 1, "tensor": 1}
+    draw, *_ = ppo_jobs(PPOConfig(checkpoint="x", mini_batch=48, batch=480, function="f.py:f"), LLAMA2_7B, sizes, 500)
+    assert (draw.rows, draw.runs, draw.data_loops) == (96, 5 * 512, 2)
+    assert "rows are of 1024" in draw.assumptions[0]  # 500 + 512, up to a multiple of 16
 
 
 MODEL = LlamaConfig(dim=256, n_layers=3, n_heads=2, n_kv_heads=2, ffn_dim=512, vocab_size=512, context_length=256)
 RECIPE = f"""
 from llama_jax.config import Compute, LlamaConfig
+from llama_jax.stages.dpo import DPOConfig
+from llama_jax.stages.ppo_config import PPOConfig
 from llama_jax.stages.pretrain import PretrainConfig
 
 config = PretrainConfig(model={MODEL!r}, train_tokens=100_000_000, batch_tokens=8 * 256, compute=Compute(loss_chunk=256))
@@ -249,3 +317,56 @@ def test_a_recipe_compiled_for_four_chips_that_are_not_there(tmp_path):
     assert {"fsdp", "tensor"} <= {exchange["axes"] for exchange in found["exchanges"]}
     assert found["seconds"]["compute"] == pytest.approx((found["matmul_flops"] + found["kernel_flops"]) / 197e12)
     assert found["seconds"]["network"] == 0
+
+
+COMPILE = f"""
+import json
+from llama_jax.planning.compiling import prepare_environment
+prepare_environment()
+from llama_jax.config import LlamaConfig
+from llama_jax.planning.generation_programs import GenerateConfig
+from llama_jax.planning.plan import to_json
+from llama_jax.planning.planner import plan_programs
+from llama_jax.planning.topology import parse_topology
+from llama_jax.stages.dpo import DPOConfig
+from llama_jax.stages.ppo_config import PPOConfig
+
+model, topology = {MODEL!r}, parse_topology("v5e:2x2")
+ppo = PPOConfig(checkpoint="x", batch=16, mini_batch=8, rows=8, max_new_tokens=64, mesh="fsdp=2,tensor=2")
+serve = GenerateConfig(model=model, rows=8, tokens=256, mesh="fsdp=2,tensor=2")
+for config in (serve, ppo):
+    print(json.dumps([to_json(one) for one in plan_programs(config, model, topology, prompt_tokens=64, fresh=True)]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install 'llama_jax[dev]'")
+def test_programs_that_draw_judge_and_train_compiled_for_four_chips(tmp_path):
+    """A drawn token reads weights and cache once; what an iteration keeps on a chip is the sum of its models."""
+    clean = {name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, "XLA_FLAGS")}
+    clean |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "kept")}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=clean, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (serve,), (draw, judge, policy, critic) = map(json.loads, done.stdout.splitlines())
+    # Generation splits over `tensor` alone; of the embedding it reads the rows of its tokens.
+    norms, table = (2 * MODEL.n_layers + 1) * MODEL.dim, MODEL.vocab_size * MODEL.dim
+    weights = 2 * ((MODEL.n_params - norms) / 2 + norms)
+    cache = 2 * 2 * MODEL.n_layers * (8 / 2) * (MODEL.n_kv_heads / 2) * 256 * 128
+    assert serve["memory"]["parameters"] == weights and serve["memory"]["cache"] == pytest.approx(cache, abs=64)
+    assert weights - table + cache <= serve["bytes_through_hbm"] < 1.1 * (weights - table + cache)
+    assert serve["matmul_flops"] >= 8 / 4 * MODEL.matmul_flops_per_token()
+
+    def on_a_chip(model):
+        """Numbers of a model's on a chip, as it is trained; the critic's transformer has no head of its own."""
+        norms = (2 * model.n_layers + 1) * model.dim
+        return (model.n_params - norms) / 4 + norms / 2
+
+    policy_here, critic_here = on_a_chip(MODEL), on_a_chip(replace(MODEL, tie_embeddings=True)) + MODEL.dim / 2
+    states, reference, judges = 12 * (policy_here + critic_here), 2 * policy_here, 2 * 2 * critic_here
+    for plan, beside in (
+        (draw, states + reference + judges),
+        (judge, states + judges),
+        (policy, 12 * critic_here + reference + judges),
+        (critic, 12 * policy_here + reference + judges),
+    ):
+        assert plan["memory"]["beside"] == pytest.approx(beside, abs=128), plan["stage"]
+    assert policy["memory"]["optimizer"] == pytest.approx(8 * policy_here, abs=64)

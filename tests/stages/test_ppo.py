@@ -20,8 +20,9 @@ from llama_jax.generation.ppo_models import Actors, first_critic, read_frozen
 from llama_jax.generation.rewards import load_reward_model, reward_info
 from llama_jax.model.lora import LoraConfig
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.stages import ppo
-from llama_jax.stages.ppo import CONSTANT, PPOConfig
+from llama_jax.stages import ppo, ppo_iteration
+from llama_jax.stages.ppo import PPOConfig
+from llama_jax.stages.ppo_config import CONSTANT
 from llama_jax.training.checkpoint import find_checkpoints, flat, read_metadata, restore_model
 from llama_jax.training.held_out_pairs import Findings
 from llama_jax.training.loop import LoopConfig
@@ -303,10 +304,10 @@ def test_the_critics_first_values_are_the_judges_scores_in_the_units_of_whitened
         seen.append((arguments, make_experience(*arguments, **weights)))
         return seen[-1][1]
 
-    make_experience = ppo.make_experience
+    make_experience = ppo_iteration.make_experience
     own = {"helpfulness": judges["helpfulness"], "iterations": 1, "eval_prompts": 0, "out": str(tmp_path / "run")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "make_experience", noted)
+        patch.setattr(ppo_iteration, "make_experience", noted)
         ppo.run(dataclasses.replace(recipe, **own))
     ((answers, whitened_B, _, _, values_BT), _) = seen[0]
     at_last_B = values_BT[np.arange(64), answers.last_B]

@@ -103,9 +103,10 @@ def test_a_finished_run_that_is_started_again_changes_nothing(finished, recipe, 
     assert_same_run(again, finished[0])
 
 
-def test_a_run_goes_on_to_the_bit(finished, recipe, tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--compute.offload",)], ids=["as it was", "its moments on the host"])
+def test_a_run_goes_on_to_the_bit(finished, recipe, tmp_path, flags):
     folder = back_to_step_10(finished, tmp_path)
-    code, _, err = main(recipe, "--out", folder, "--resume", "must")
+    code, _, err = main(recipe, "--out", folder, "--resume", "must", *flags)
     assert code == 0 and "resumed at step 10" in err
     assert_same_run(folder, finished[0])
 

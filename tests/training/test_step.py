@@ -1,5 +1,6 @@
 """The training step: the mean over a batch's targets however it is split, and steps that must not count."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -134,3 +135,21 @@ def test_moments_lie_where_their_weights_lie(model):
             assert moment.sharding.is_equivalent_to(weight.sharding, weight.ndim)
     held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(adam))
     assert held < 2 * MODEL.n_params / 3, "a device holds a fourth of the matrices, and little besides"
+
+
+def test_moments_on_the_host_are_the_same_moments(model):
+    """Between steps they lie in the host's memory, on each mesh device's own host part; a step computes the same bits."""
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    states = {}
+    for offload in (False, True):
+        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(MODEL, optimizer(), mesh, offload=offload))
+        with jax.set_mesh(mesh):
+            state = jax.jit(lambda: init_state(MODEL, optimizer(), jax.random.key(0)), out_shardings=layout)()
+            step = make_train_step(optimizer(), replace(FP32, offload=offload), layout=layout)
+            for number in range(3):
+                state, metrics = step(state, on_mesh(mesh, batch(number)))
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
+        assert kinds == {"pinned_host" if offload else "device"}
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.model)} == {"device"}
+        states[offload] = (state, metrics)
+    assert_same(*states.values())

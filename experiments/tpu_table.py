@@ -1,0 +1,121 @@
+"""Every size on TPU slices, planned at full depth: what a chip holds and how fast a step can be (paper 2.2.1).
+
+Claim: each of 7B, 13B, 34B and 70B fits at least one slice of each generation for what it is asked to do there.
+Command: python -m experiments.tpu_table --only "70b.*v5p"
+Cost: two to six minutes of one core for each program that is not planned yet (PPO has four); all rows take half a day. What was
+planned is kept, so that an interrupted table goes on. Measured: see docs/tpu.md.
+"""
+
+import re
+import sys
+from dataclasses import replace
+
+import tyro
+
+from llama_jax.cli import end_of
+from llama_jax.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_34B, LLAMA2_70B
+from llama_jax.errors import UserError
+from llama_jax.planning.compiling import prepare_environment
+
+MODELS = {"7b": LLAMA2_7B, "13b": LLAMA2_13B, "34b": LLAMA2_34B, "70b": LLAMA2_70B}
+
+# What is planned: the work, the model, the slice, how many of it, and what is set beside the recipe. Batches of pretraining have
+# 1,024 sequences of 4,096 tokens, those of fine-tuning 64, an iteration of PPO 512 answers; 64 sequences are served.
+ROWS: tuple[tuple[str, str, str, int, dict], ...] = (
+    *(("pretrain", "7b", "v4:4x4x4", 1, {}), ("pretrain", "7b", "v5e:16x16", 1, {})),
+    *(("pretrain", "7b", "v5p:4x4x4", 1, {}), ("pretrain", "7b", "v6e:8x8", 1, {"micro_batches": 2})),
+    *(("pretrain", "13b", "v4:4x4x8", 1, {}), ("pretrain", "13b", "v5e:16x16", 1, {"micro_batches": 2})),
+    *(("pretrain", "13b", "v5p:4x4x4", 1, {}), ("pretrain", "13b", "v6e:16x16", 1, {})),
+    *(
+        ("pretrain", "34b", "v4:8x8x8", 1, {}),
+        ("pretrain", "34b", "v5e:16x16", 1, {"micro_batches": 4, "offload": True}),
+    ),
+    *(("pretrain", "34b", "v5p:4x4x8", 1, {}), ("pretrain", "34b", "v6e:16x16", 1, {"micro_batches": 2})),
+    *(
+        ("pretrain", "70b", "v4:8x8x8", 1, {}),
+        ("pretrain", "70b", "v5p:4x8x8", 1, {}),
+        ("pretrain", "70b", "v5p:8x8x8", 1, {}),
+    ),
+    *(("pretrain", "70b", "v5p:4x8x8", 2, {}), ("pretrain", "70b", "v6e:16x16", 1, {"micro_batches": 2})),
+    ("pretrain", "70b", "v5e:16x16", 1, {"micro_batches": 4, "offload": True}),
+    *(("sft", "7b", "v5e:4x4", 1, {"micro_batches": 4}), ("sft", "13b", "v5p:2x2x4", 1, {})),
+    *(("sft", "34b", "v5p:2x4x4", 1, {}), ("sft", "70b", "v5p:4x4x4", 1, {})),
+    *(("ppo", "7b", "v5p:2x2x4", 1, {"rows": 64}), ("ppo", "70b", "v5p:4x4x8", 1, {"mesh": "fsdp=32,tensor=4"})),
+    *(("generate", "7b", "v5e:2x2", 1, {}), ("generate", "7b", "v6e:1x1", 1, {"rows": 4})),
+    *(
+        ("generate", "13b", "v5p:2x2x1", 1, {}),
+        ("generate", "34b", "v5p:2x2x1", 1, {}),
+        ("generate", "70b", "v5p:2x2x1", 1, {}),
+    ),
+    ("generate", "70b", "v6e:2x4", 1, {}),
+)
+
+
+def main(only: str = "", cached: bool = False) -> None:
+    """Prints the table as Markdown, row by row as they are planned.
+
+    Args:
+      only: rows whose "work model slice" matches this regular expression.
+      cached: no program is compiled; rows that were not planned before are left out.
+    """
+    chosen = [row for row in ROWS if re.search(only, " ".join(map(str, row[:3])))]
+    if not chosen:
+        raise UserError(f"--only {only!r} matches none of {', '.join(' '.join(row[:3]) for row in ROWS)}")
+    prepare_environment()  # before jax, which the recipes import
+    print(
+        "| work | model | slice | mesh, micro-batches, recomputed | a chip | the most is | bound, s | share of peak | compiling |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    for row in chosen:
+        for line in planned(*row, cached=cached):
+            print(line, flush=True)
+
+
+def planned(work: str, size: str, name: str, slices: int, own: dict, *, cached: bool) -> list[str]:
+    """The lines of one row, a program each."""
+    from experiments.pretrain_7b import config as pretrain
+    from llama_jax.parallel.mesh import format_mesh, mesh_sizes_of
+    from llama_jax.planning import cache, planner
+    from llama_jax.planning.generation_programs import GenerateConfig
+    from llama_jax.planning.report import format_refusal
+    from llama_jax.planning.topology import parse_topology
+    from llama_jax.stages.ppo_config import PPOConfig
+    from llama_jax.stages.sft import SFTConfig
+
+    model, topology = MODELS[size], parse_topology(name, slices)
+    own = dict(own)
+    offload = own.pop("offload", False)
+    recipes = {
+        "pretrain": lambda: replace(pretrain, model=model),
+        "sft": lambda: SFTConfig(checkpoint="policy"),
+        "ppo": lambda: PPOConfig(checkpoint="policy"),
+        "generate": lambda: GenerateConfig(model=model),
+    }
+    config = replace(recipes[work](), **own)
+    if offload:
+        config = replace(config, compute=replace(config.compute, offload=True))
+    sizes = mesh_sizes_of(config.mesh, topology.chips, topology.slices)
+    lines = []
+    for job in planner.jobs_of(config, model, sizes, prompt_tokens=512):
+        plan = cache.read(cache.key_of(job, topology)) if cached else planner.kept_or_made(job, topology, fresh=False)
+        if plan is None:
+            print(f"not planned yet: {job.stage} {size} {name}", file=sys.stderr)
+            continue
+        how = f"{format_mesh(plan.mesh)}, {plan.micro_batches}, {plan.remat or '-'}" + ", offloaded" * bool(
+            plan.offloaded
+        )
+        start = f"| {plan.stage} | {size.upper()} | {f'{slices} x ' * (slices > 1)}{name} | {how}"
+        if plan.fits:
+            parts = {key: value for key, value in vars(plan.memory).items() if key != "padding"}
+            most = max(parts, key=parts.__getitem__)
+            total = f"{plan.memory.total / 1e9:.1f} of {plan.usable_bytes / 1e9:.1f} GB"
+            speed = f"{plan.seconds.bound:.3g} ({plan.seconds.binds}) | {plan.mfu:.0%}"
+            end = f"{total} | {most} {parts[most] / 1e9:.1f} GB | {speed}"
+        else:
+            end = f"{format_refusal(plan)} | | | "
+        lines.append(f"{start} | {end} | {plan.compile_seconds:.0f} s, {plan.host_bytes / 1e9:.1f} GB |")
+    return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit(end_of(lambda: tyro.cli(main)))
