@@ -62,6 +62,8 @@ class Checkpoints:
             folder.resolve(), preservation_policy=keep.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         self._saving: Any = None
+        self._has_failed = False
+        logging.getLogger("absl").addFilter(_is_news)
 
     def save(self, state: TrainState, metadata: dict, tokenizer: Tokenizer) -> None:
         """Starts to save `state`; returns as soon as the arrays are copied, and raises here what the previous save
@@ -84,15 +86,30 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Blocks until the save under way is on disk, and raises what it failed with."""
+        """Blocks until the save under way is on disk.
+
+        Raises:
+          UserError: it could not be written, and is not there; those before it stand.
+        """
         if self._saving is not None:
             saving, self._saving = self._saving, None
-            saving.result()
+            try:
+                saving.result()
+            except Exception as error:  # Orbax, TensorStore and the file system each raise their own kinds
+                self._has_failed = True
+                raise UserError(
+                    f"a checkpoint could not be written into {self.folder}: {_first_line(error)}; see that there is space, and that "
+                    "it may be written to, then start the same command again: it goes on from the checkpoint before"
+                ) from error
 
     def close(self) -> None:
         """Finishes what is under way."""
         self.wait()
-        self._orbax.close()
+        try:
+            self._orbax.close()
+        except Exception:
+            if not self._has_failed:  # else it was raised before, and is raised once more
+                raise
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, oldest first."""
@@ -340,5 +357,10 @@ def unflat(like: Any, flat: dict[str, Any]) -> Any:
     )
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether it is no error of Orbax: each of its threads logs a traceback of what `Checkpoints.wait` raises."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"

@@ -1,9 +1,14 @@
 """A process that is killed at any moment, and started again, is a process that was never killed."""
 
+import json
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +16,7 @@ from llama_jax.training.metrics import read_metrics
 from tests.stages.runs import assert_same_run, finish, start, write_recipe
 
 STEPS = 60
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +74,54 @@ def test_sigterm_exits_with_42_and_nothing_is_lost(tmp_path, uninterrupted, reci
     code, _, err = finish(start(["pretrain", recipe, "--out", str(folder)]))
     assert code == 0 and f"resumed at step {saved}" in err
     assert_same_run(folder, uninterrupted)
+
+
+LIMITED = """
+import resource, sys
+from llama_jax import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_is_full_ends_with_2_and_with_space_again_the_run_goes_on(tmp_path, uninterrupted, recipe):
+    """A limit on the size of files stands in for the disk: a checkpoint's are larger, all others smaller."""
+    folder = tmp_path / "run"
+    words = ["pretrain", recipe, "--out", str(folder)]
+    # Without the tests' folder of compiled programs, in which it would leave halves.
+    alone = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    alone["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    full = subprocess.run([sys.executable, "-c", LIMITED, *words], cwd=ROOT, env=alone, capture_output=True, text=True)
+    assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
+    (said,) = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert (
+        "a checkpoint could not be written" in said
+        and "File too large" in said
+        and "goes on from the checkpoint before" in said
+    )
+    assert not [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()], "what is not whole is none"
+    code, _, err = finish(start(words))
+    assert code == 0, err
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_folder_that_goes_away_under_a_run_ends_it_with_a_message(tmp_path, recipe):
+    folder = tmp_path / "run"
+    process = start(["pretrain", recipe, "--out", str(folder)])
+    for line in process.stderr:
+        if line.startswith("step 6/"):
+            break
+    (folder / "checkpoints").rename(tmp_path / "elsewhere")
+    (folder / "checkpoints").write_text("no folder")
+    code, _, err = finish(process)
+    assert code == 2 and "a checkpoint could not be written" in err and "Traceback" not in err, err
+
+
+def test_a_source_that_is_damaged_half_way_ends_with_2_and_names_the_line(tmp_path, tokenizer_file):
+    rows = [json.dumps({"text": f"{number} plain words in spain"}) for number in range(400)]
+    rows[333] = rows[333][:12]
+    damaged = tmp_path / "corpus.jsonl"
+    damaged.write_text("\n".join(rows))
+    words = ["pretrain", write_recipe(tmp_path, damaged, tokenizer_file), "--data.sources", f"jsonl:{damaged}"]
+    code, _, err = finish(start([*words, "--out", str(tmp_path / "run")]))
+    assert code == 2 and f"{damaged}" in err and "334" in err and "Traceback" not in err, err
