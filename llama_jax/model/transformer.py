@@ -25,7 +25,7 @@ from llama_jax.model.attention import attend_with_cache, causal_attention
 from llama_jax.model.low_rank import Lora, lora_einsum
 from llama_jax.model.nf4 import Nf4, nf4_einsum
 from llama_jax.model.quantize import Int8, int8_einsum
-from llama_jax.parallel.mesh import constrain, sharding, ways
+from llama_jax.parallel.mesh import constrain, gathered, sharding, ways
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,10 @@ class Transformer(nnx.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         rope = rope_table(c, positions_BT)
 
+        declared = describe(c).layers
+
         def block(x_BTD: jax.Array, weights: Block) -> tuple[jax.Array, None]:
+            weights = jax.tree.map(gather_plain, weights, declared, is_leaf=lambda w: isinstance(w, Int8 | Nf4 | Lora))
             q_BTNH, k_BTKH, v_BTKH = weights.qkv(x_BTD, rope, c.norm_eps)
             heads_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, implementation=compute.attention)
             return weights.finish(x_BTD, heads_BTNH, c.norm_eps), None
@@ -240,6 +243,13 @@ def layers_apart(model: Transformer) -> Transformer:
 
 def _layer(i: int, stacked: jax.Array) -> jax.Array:
     return stacked[i]
+
+
+def gather_plain(weight: Any, declared: Param) -> Any:
+    """One layer's weight gathered for its matmuls, inside the scan, so that no more than a layer is whole at a time; a
+    quantised or adapted one is left as it is.
+    """
+    return gathered(weight, declared.axes[1:]) if isinstance(weight, jax.Array) else weight
 
 
 def per_token(spec: str, x: jax.Array, weight: jax.Array | Int8 | Nf4 | Lora) -> jax.Array:

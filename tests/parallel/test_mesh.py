@@ -1,9 +1,11 @@
 """Reading a mesh, refusing one that does not fit with the sizes that would, and laying batches on it."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from llama_jax.parallel.mesh import (
     batch_rows_of_process,
     check_divides,
     format_mesh,
+    gathered,
     global_array,
     make_mesh,
     mesh_sizes,
@@ -189,3 +192,15 @@ def test_slices_lie_along_data(text, sizes, monkeypatch):
 def test_slices_that_data_does_not_span_are_refused():
     with pytest.raises(UserError, match="mesh fsdp=16: data must be a multiple of the 2 slices, which it spans"):
         make_mesh("fsdp=16", devices_of_slices(2, 8))
+
+
+def test_a_weight_is_whole_where_it_is_multiplied_and_its_gradient_is_not():
+    """A constraint alone would have the gradient's transposed to itself: summed whole on every device."""
+    with jax.set_mesh(make_mesh("fsdp=4,tensor=2")):
+
+        def loss(w_DF):
+            return (jnp.ones((4, 8)) @ gathered(w_DF, ("embed", "ffn"))).sum()
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 8))))
+    forward, backward = re.findall(r"sharding_constraint\[.*?spec=P\((.*?)\)\)\n", text, re.S)
+    assert (forward, backward) == ("None, 'tensor'", "('fsdp', 'context'), 'tensor'")
