@@ -9,6 +9,7 @@ planned is kept, so that an interrupted table goes on. Measured: see docs/tpu.md
 import re
 import sys
 from dataclasses import replace
+from typing import Any
 
 import tyro
 
@@ -21,7 +22,7 @@ MODELS = {"7b": LLAMA2_7B, "13b": LLAMA2_13B, "34b": LLAMA2_34B, "70b": LLAMA2_7
 
 # What is planned: the work, the model, the slice, how many of it, and what is set beside the recipe. Batches of pretraining have
 # 1,024 sequences of 4,096 tokens, those of fine-tuning 64, an iteration of PPO 512 answers; 64 sequences are served.
-ROWS: tuple[tuple[str, str, str, int, dict], ...] = (
+ROWS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     *(("pretrain", "7b", "v4:4x4x4", 1, {}), ("pretrain", "7b", "v5e:16x16", 1, {})),
     *(("pretrain", "7b", "v5p:4x4x4", 1, {}), ("pretrain", "7b", "v6e:8x8", 1, {"micro_batches": 2})),
     *(("pretrain", "13b", "v4:4x4x8", 1, {}), ("pretrain", "13b", "v5e:16x16", 1, {"micro_batches": 2})),
@@ -41,7 +42,7 @@ ROWS: tuple[tuple[str, str, str, int, dict], ...] = (
     *(("sft", "7b", "v5e:4x4", 1, {"micro_batches": 4}), ("sft", "13b", "v5p:2x2x4", 1, {})),
     *(("sft", "34b", "v5p:2x4x4", 1, {}), ("sft", "70b", "v5p:4x4x4", 1, {})),
     *(("ppo", "7b", "v5p:2x2x4", 1, {"rows": 64}), ("ppo", "70b", "v5p:4x4x8", 1, {"mesh": "fsdp=32,tensor=4"})),
-    *(("generate", "7b", "v5e:2x2", 1, {}), ("generate", "7b", "v6e:1x1", 1, {"rows": 4})),
+    *(("generate", "7b", "v5e:2x2", 1, {"rows": 16}), ("generate", "7b", "v6e:1x1", 1, {"rows": 4})),
     *(
         ("generate", "13b", "v5p:2x2x1", 1, {}),
         ("generate", "34b", "v5p:2x2x1", 1, {}),
@@ -71,29 +72,33 @@ def main(only: str = "", cached: bool = False) -> None:
             print(line, flush=True)
 
 
-def planned(work: str, size: str, name: str, slices: int, own: dict, *, cached: bool) -> list[str]:
-    """The lines of one row, a program each."""
+def recipe_of(work: str, size: str, own: dict[str, Any]) -> Any:
+    """The recipe of a row."""
     from experiments.pretrain_7b import config as pretrain
-    from llama_jax.parallel.mesh import format_mesh, mesh_sizes_of
-    from llama_jax.planning import cache, planner
     from llama_jax.planning.generation_programs import GenerateConfig
-    from llama_jax.planning.report import format_refusal
-    from llama_jax.planning.topology import parse_topology
     from llama_jax.stages.ppo_config import PPOConfig
     from llama_jax.stages.sft import SFTConfig
 
-    model, topology = MODELS[size], parse_topology(name, slices)
-    own = dict(own)
-    offload = own.pop("offload", False)
     recipes = {
-        "pretrain": lambda: replace(pretrain, model=model),
-        "sft": lambda: SFTConfig(checkpoint="policy"),
-        "ppo": lambda: PPOConfig(checkpoint="policy"),
-        "generate": lambda: GenerateConfig(model=model),
+        "pretrain": replace(pretrain, model=MODELS[size]),
+        "sft": SFTConfig(checkpoint="policy"),
+        "ppo": PPOConfig(checkpoint="policy"),
+        "generate": GenerateConfig(model=MODELS[size]),
     }
-    config = replace(recipes[work](), **own)
-    if offload:
-        config = replace(config, compute=replace(config.compute, offload=True))
+    config, offload = recipes[work], own.get("offload", False)
+    config = replace(config, **{name: value for name, value in own.items() if name != "offload"})
+    return replace(config, compute=replace(config.compute, offload=True)) if offload else config
+
+
+def planned(work: str, size: str, name: str, slices: int, own: dict[str, Any], *, cached: bool) -> list[str]:
+    """The lines of one row, a program each."""
+    from llama_jax.parallel.mesh import format_mesh, mesh_sizes_of
+    from llama_jax.planning import cache, planner
+    from llama_jax.planning.report import format_refusal
+    from llama_jax.planning.topology import parse_topology
+
+    model, topology = MODELS[size], parse_topology(name, slices)
+    config = recipe_of(work, size, own)
     sizes = mesh_sizes_of(config.mesh, topology.chips, topology.slices)
     lines = []
     for job in planner.jobs_of(config, model, sizes, prompt_tokens=512):

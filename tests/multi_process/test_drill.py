@@ -33,6 +33,12 @@ def uninterrupted(tmp_path_factory, recipe):
     return folder
 
 
+def test_four_processes_train_what_one_trains(uninterrupted, recipe, tmp_path):
+    code, _, err = finish(start(["pretrain", recipe, "--out", str(tmp_path / "run")], 4))
+    assert code == 0, err
+    assert_same_trace(uninterrupted, tmp_path / "run")
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_host_that_dies_ends_the_others_and_the_run_goes_on(uninterrupted, recipe, tmp_path, number):
     """Killed at a random step behind the first checkpoint: 0, which runs the coordination service, and another."""
