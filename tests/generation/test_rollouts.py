@@ -70,6 +70,20 @@ def test_an_answer_depends_on_its_prompt_and_seed_alone(llama, prompts, drawn, r
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
 
 
+def test_every_token_is_drawn_with_bits_of_its_own(model, tokenizer, prompts):
+    """From a distribution that is flat: with the same bits at every place, an answer would be one token again and again."""
+    flat = jax.tree_util.tree_map_with_path(
+        lambda path, w: jnp.zeros_like(w) if jax.tree_util.keystr(path) == ".head_DV" else w, model
+    )
+    rows = sample_rollouts(
+        Llama(flat, tokenizer), [prompts[0]] * 40, seeds=range(40), rows=40, temperature=1.0, max_new_tokens=24
+    )
+    before, after = np.concatenate([(one.ids[:-1], one.ids[1:]) for one in rows], axis=1)
+    again, expected = int((before == after).sum()), len(before) / tokenizer.vocab_size
+    assert again < expected + 5 * expected**0.5, f"{again} tokens are the one before again; {expected:.1f} are expected"
+    assert abs(np.corrcoef(before, after)[0, 1]) < 5 / len(before) ** 0.5
+
+
 def test_seeds_tell_answers_apart_and_repeat_them(llama, prompts):
     seeds = [1, 2, 1, 3]
     drawn = [one.ids for one in sample_rollouts(llama, [prompts[0]] * 4, seeds=seeds, rows=3, **WARM)]

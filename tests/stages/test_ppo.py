@@ -315,6 +315,21 @@ def test_the_critics_first_values_are_the_judges_scores_in_the_units_of_whitened
     assert np.corrcoef(at_last_B, whitened_B)[0, 1] > 0.9
 
 
+def test_an_answer_that_was_cut_pays_the_penalty_and_no_other_does(recipe, tmp_path, monkeypatch):
+    """On top of the whitened reward; every second answer is said to be cut."""
+    sample, make = ppo_iteration.sample_rollouts, ppo_iteration.make_experience
+    paid = []
+    monkeypatch.setattr(
+        ppo_iteration,
+        "sample_rollouts",
+        lambda *a, **k: [one._replace(ended=bool(i % 2)) for i, one in enumerate(sample(*a, **k))],
+    )
+    monkeypatch.setattr(ppo_iteration, "make_experience", lambda *a, **k: (paid.append(a[1]), make(*a, **k))[1])
+    for penalty in (0.0, 0.5):
+        learn(recipe, tmp_path / str(penalty), iterations=1, cut_penalty=penalty)
+    np.testing.assert_allclose(paid[0] - paid[1], np.where(np.arange(64) % 2, 0.0, 0.5), atol=1e-6)
+
+
 def test_first_the_critic_may_learn_alone(recipe, judges, tmp_path):
     """The second iteration still draws from the reference, with a critic that knows better; then the policy moves."""
     own = {**judges, "critic_warmup": 2, "eval_prompts": 0, "out": str(tmp_path / "run")}
