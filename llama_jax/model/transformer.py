@@ -330,8 +330,10 @@ def remat(block: Callable, policy: str) -> Callable:
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "attention": jax.checkpoint_policies.save_only_these_names("qkv", "attention_out"),
         "full": jax.checkpoint_policies.nothing_saveable,
+        # Kept for the backward pass, gathered weights would be the whole model on every device.
+        "none": lambda primitive, *_, **__: primitive.name not in ("linear_call", "reshape", "transpose"),
     }
-    if policy == "none":
+    if policy == "none" and ways("embed") == 1:
         return block
     # Inside a scan XLA cannot merge the recomputation with the forward pass anyway; the barrier that prevents it costs
     # memory traffic.

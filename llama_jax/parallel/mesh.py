@@ -8,11 +8,11 @@ sharded), `tensor` (heads, feed-forward and vocabulary sharded). No other module
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.custom_derivatives import linear_call
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -71,25 +71,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """A weight as matmuls read it, whole along `embed`; its gradient lies as the weight is kept.
 
     Left to itself the partitioner may split the matmul instead, into a ring of small ones, which read and write their sums
     again each time; and a constraint alone would have the whole gradient summed on every device.
     """
-    return constrain(weight, *(None if axis == "embed" else axis for axis in axes))
-
-
-def _gathered_forward(weight: jax.Array, axes: tuple[str | None, ...]) -> tuple[jax.Array, None]:
-    return gathered(weight, axes), None
-
-
-def _gathered_backward(axes: tuple[str | None, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (constrain(gradient, *axes),)
-
-
-gathered.defvjp(_gathered_forward, _gathered_backward)
+    whole = [None if axis == "embed" else axis for axis in axes]
+    return linear_call(lambda _, w: constrain(w, *whole), lambda _, gradient: constrain(gradient, *axes), (), weight)
 
 
 def ways(axis: str) -> int:

@@ -6,6 +6,7 @@ the run started again; one that gets no further is named, with the step that eac
 through the key-value store of JAX's coordination service, which process 0 runs.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -66,7 +67,8 @@ class Watch:
     def close(self) -> None:
         """Says that this process is done, so that nobody takes its silence for a loss."""
         self._stopped.set()
-        self._put("done", {})
+        with contextlib.suppress(Exception):  # process 0 may be gone already, and this one is done
+            self._put("done", {})
 
     def fail(self, code: int, message: str, *, foreseen: bool) -> None:
         """Ends this process with `code`, after the others could hear why.

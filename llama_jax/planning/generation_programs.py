@@ -6,7 +6,7 @@ A run of PPO keeps all its models on the same chips, so that beside each program
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class GenerateConfig:
     """Sequences that are drawn side by side."""
     tokens: int = 4096
     """Of a sequence at most, prompt and answer together: what the cache has room for."""
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, cache and matmuls."""
     int8: bool = False
     """Weights in 8 bits."""

@@ -5,12 +5,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.model import attention, transformer
 from llama_jax.parallel.mesh import RULES, constrain, make_mesh, sharding
 from llama_jax.training.loss import token_loss
+from llama_jax.training.step import abstract_batch, abstract_state, make_train_step
 
 # Every axis divides by eight, and grouped queries are not as many as keys.
 CONFIG = LlamaConfig(
@@ -166,3 +168,19 @@ def test_parameters_lie_in_parts(mesh_text, wq, wk, w_gate, embedding):
     model = jax.device_put(transformer.init(CONFIG, jax.random.key(0)), transformer.shardings(CONFIG, mesh))
     weights = [model.layers.wq_DNH, model.layers.wk_DKH, model.layers.w_gate_DF, model.embedding_VD]
     assert [w.addressable_shards[0].data.shape for w in weights] == [wq, wk, w_gate, embedding]
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_no_device_ever_holds_the_whole_model(remat):
+    """Weights are gathered layer by layer, and let go: kept for the backward pass, those of all layers would be the model again.
+
+    Of a model whose weights are large beside what it makes of eight short rows.
+    """
+    config = LlamaConfig(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, ffn_dim=1024, vocab_size=512, context_length=32)
+    mesh, optimizer = make_mesh("fsdp=8"), optax.sgd(1e-3)
+    shapes = abstract_state(config, optimizer, mesh)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    with jax.set_mesh(mesh):
+        step = make_train_step(optimizer, Compute("float32", remat=remat), layout=layout)
+        memory = step.lower(shapes, abstract_batch(mesh, 8, 32)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.75 * 4 * config.n_params
