@@ -131,7 +131,9 @@ def run_ours(args: argparse.Namespace, batches: list, pause) -> None:
         model = ending_model(args.mean_length)
         judge = RewardModel(without_head(model), reward_head(), np.float32(0))
         states = []
-        for weights, own, abstract in zip((model, judge), optimizers, ppo.describe_states(actors, optimizers, mesh), strict=True):
+        for weights, own, abstract in zip(
+            (model, judge), optimizers, ppo.describe_states(actors, optimizers, mesh), strict=True
+        ):
             layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             states.append(jax.jit(partial(new_state, optimizer=own), out_shardings=layout)(weights))
         trained = ppo.Trained(*states)

@@ -103,9 +103,8 @@ def main() -> None:
                     "compute_s": times[0],
                     "memory_s": times[1],
                     "bound_s": max(times),
-                    "apart_s": sum(times),
                     "measured_over_bound": measured / max(times),
-                    "measured_over_apart": measured / sum(times),
+                    "measured_over_compute": measured / times[0],
                 }
             )
     if args.json:
@@ -115,11 +114,11 @@ def main() -> None:
         f"{jax.devices()[0].device_kind}: {flops_per_s / 1e9:,.0f} GFLOP/s in a matmul of {args.dtype}, {bytes_per_s / 1e9:.1f} GB/s"
     )
     print(
-        f"{'size':<6}{'remat':<10}{'compute s':>11}{'memory s':>11}{'bound s':>11}{'measured s':>12}{'/ bound':>9}{'/ apart':>9}"
+        f"{'size':<6}{'remat':<10}{'compute s':>11}{'memory s':>11}{'bound s':>11}{'measured s':>12}{'/ bound':>9}{'/ compute':>11}"
     )
     for one in found:
         times = f"{one['compute_s']:11.3f}{one['memory_s']:11.3f}{one['bound_s']:11.3f}{one['measured_s']:12.3f}"
-        ratios = f"{one['measured_over_bound']:8.2f}x{one['measured_over_apart']:8.2f}x"
+        ratios = f"{one['measured_over_bound']:8.2f}x{one['measured_over_compute']:10.2f}x"
         print(f"{one['size']:<6}{one['remat']:<10}{times}{ratios}")
 
 

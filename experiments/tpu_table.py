@@ -23,7 +23,7 @@ MODELS = {"7b": LLAMA2_7B, "13b": LLAMA2_13B, "34b": LLAMA2_34B, "70b": LLAMA2_7
 # What is planned: the work, the model, the slice, how many of it, and what is set beside the recipe. Batches of pretraining have
 # 1,024 sequences of 4,096 tokens, those of fine-tuning 64, an iteration of PPO 512 answers; 64 sequences are served.
 ROWS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
-    *(("pretrain", "7b", "v4:4x4x4", 1, {}), ("pretrain", "7b", "v5e:16x16", 1, {})),
+    *(("pretrain", "7b", "v4:4x4x4", 1, {"micro_batches": 2}), ("pretrain", "7b", "v5e:16x16", 1, {})),
     *(("pretrain", "7b", "v5p:4x4x4", 1, {}), ("pretrain", "7b", "v6e:8x8", 1, {"micro_batches": 2})),
     *(("pretrain", "13b", "v4:4x4x8", 1, {}), ("pretrain", "13b", "v5e:16x16", 1, {"micro_batches": 2})),
     *(("pretrain", "13b", "v5p:4x4x4", 1, {}), ("pretrain", "13b", "v6e:16x16", 1, {})),
@@ -38,7 +38,7 @@ ROWS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
         ("pretrain", "70b", "v5p:8x8x8", 1, {}),
     ),
     *(("pretrain", "70b", "v5p:4x8x8", 2, {}), ("pretrain", "70b", "v6e:16x16", 1, {"micro_batches": 2})),
-    ("pretrain", "70b", "v5e:16x16", 1, {"micro_batches": 4, "offload": True}),
+    ("pretrain", "70b", "v5e:16x16", 1, {"mesh": "fsdp=128,context=2", "micro_batches": 8, "offload": True}),
     *(("sft", "7b", "v5e:4x4", 1, {"micro_batches": 4}), ("sft", "13b", "v5p:2x2x4", 1, {})),
     *(("sft", "34b", "v5p:2x4x4", 1, {}), ("sft", "70b", "v5p:4x4x4", 1, {})),
     *(("ppo", "7b", "v5p:2x2x4", 1, {"rows": 64}), ("ppo", "70b", "v5p:4x4x8", 1, {"mesh": "fsdp=32,tensor=4"})),
@@ -106,16 +106,15 @@ def planned(work: str, size: str, name: str, slices: int, own: dict[str, Any], *
         if plan is None:
             print(f"not planned yet: {job.stage} {size} {name}", file=sys.stderr)
             continue
-        how = f"{format_mesh(plan.mesh)}, {plan.micro_batches}, {plan.remat or '-'}" + ", offloaded" * bool(
-            plan.offloaded
-        )
+        parts = f"{plan.micro_batches} x {plan.rows // plan.micro_batches} rows, {plan.remat or '-'}"
+        how = f"{format_mesh(plan.mesh)}, {parts}{', offloaded' * bool(plan.offloaded)}"
         start = f"| {plan.stage} | {size.upper()} | {f'{slices} x ' * (slices > 1)}{name} | {how}"
         if plan.fits:
-            parts = {key: value for key, value in vars(plan.memory).items() if key != "padding"}
-            most = max(parts, key=parts.__getitem__)
+            memory = {key: value for key, value in vars(plan.memory).items() if key != "padding"}
+            most = max(memory, key=memory.__getitem__)
             total = f"{plan.memory.total / 1e9:.1f} of {plan.usable_bytes / 1e9:.1f} GB"
             speed = f"{plan.seconds.bound:.3g} ({plan.seconds.binds}) | {plan.mfu:.0%}"
-            end = f"{total} | {most} {parts[most] / 1e9:.1f} GB | {speed}"
+            end = f"{total} | {most} {memory[most] / 1e9:.1f} GB | {speed}"
         else:
             end = f"{format_refusal(plan)} | | | "
         lines.append(f"{start} | {end} | {plan.compile_seconds:.0f} s, {plan.host_bytes / 1e9:.1f} GB |")

@@ -49,7 +49,15 @@ def test_every_row_suits_its_slice_and_each_size_has_every_generation_and_kind_o
 def test_a_line_says_what_takes_the_most_and_what_binds(rows):
     (line,) = rows(made_up, only="pretrain 7b v5p")
     assert line == [
-        *("pretrain", "7B", "v5p:4x4x4", "fsdp=16, 2, full", "16.0 of 16.0 GB", "temporary 8.0 GB", "40 (compute)"),
+        *(
+            "pretrain",
+            "7B",
+            "v5p:4x4x4",
+            "fsdp=16, 2 x 512 rows, full",
+            "16.0 of 16.0 GB",
+            "temporary 8.0 GB",
+            "40 (compute)",
+        ),
         *("75%", "60 s, 2.0 GB"),
     ]
     assert len(rows(made_up, only="ppo 7b")) == 4
