@@ -16,6 +16,11 @@ fail() {
   exit 2
 }
 
+# Writes a word into a file that others read at any moment.
+put() {
+  echo "$1" >"$2.new" && mv "$2.new" "$2"
+}
+
 # Whether the supervisor of a run's folder is alive: the pid may have gone to another process since.
 active() {
   [ -f "$1/pid" ] && grep -qs supervise.sh "/proc/$(cat "$1/pid")/cmdline"
@@ -40,8 +45,8 @@ start() {
   idle
   mkdir -p "$folder"
   rm -f "$folder/pid" "$folder/ended"
-  echo "$command" >"$folder/command"
-  echo 0 >"$folder/restarts"
+  put "$command" "$folder/command"
+  put 0 "$folder/restarts"
   echo "--- $(date -u +%FT%TZ) started on $(hostname): $command" >>"$folder/log"
   setsid nohup bash "$0" keep "$folder" "${@:2}" </dev/null >>"$folder/log" 2>&1 &
   for _ in {1..600}; do
@@ -55,7 +60,7 @@ start() {
 keep() {
   local folder=$1 max=$2 codes=$3 restarts=0 stopped="" interrupted="" child="" code again
   shift 3
-  echo $$ >"$folder/pid.new" && mv "$folder/pid.new" "$folder/pid"
+  put $$ "$folder/pid"
   trap 'stopped=yes interrupted=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT
   export PATH="$HOME/llama_jax-venv/bin:$PATH"
   ulimit -n "$(ulimit -Hn)" || true # checkpoints and data open many files
@@ -82,13 +87,13 @@ keep() {
       break
     fi
     restarts=$((restarts + 1))
-    echo "$restarts" >"$folder/restarts"
+    put "$restarts" "$folder/restarts"
     sleep "${RESTART_PAUSE:-10}" &
     wait $! || true
     [ -z "$stopped" ] || break
     echo "--- $(date -u +%FT%TZ) restart $restarts of $max"
   done
-  echo "$code" >"$folder/ended"
+  put "$code" "$folder/ended"
   exit "$code"
 }
 
@@ -113,7 +118,7 @@ stop() {
     sleep 0.1
   done
   kill -KILL -- "-$pid" # the supervisor leads the group of everything it started
-  echo 137 >"$folder/ended"
+  put 137 "$folder/ended"
   fail "did not end within $grace s of SIGTERM, and was killed; the last checkpoint stands"
 }
 

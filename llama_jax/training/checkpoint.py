@@ -335,6 +335,7 @@ def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
 @jax.jit
 def _sums_of_bits(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def one(x: jax.Array) -> jax.Array:
+        x = jax.device_put(x, jax.memory.Space.Device)  # moments may lie on the host
         bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
         place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
         return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

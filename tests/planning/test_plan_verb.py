@@ -278,6 +278,22 @@ def test_rows_under_way_are_what_a_run_rounds_them_up_to():
 
 
 MODEL = LlamaConfig(dim=256, n_layers=3, n_heads=2, n_kv_heads=2, ffn_dim=512, vocab_size=512, context_length=256)
+
+
+def environment_of_a_user(tmp_path: Path) -> dict[str, str]:
+    """Nothing is set that the verb sets itself, and no plan is kept yet."""
+    clean = {name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, "XLA_FLAGS")}
+    return clean | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "kept")}
+
+
+def printed_by(program: str, tmp_path: Path) -> list:
+    """What a program prints as JSON, line by line."""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment_of_a_user(tmp_path), capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
 RECIPE = f"""
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.stages.dpo import DPOConfig
@@ -292,9 +308,7 @@ config = PretrainConfig(model={MODEL!r}, train_tokens=100_000_000, batch_tokens=
 def test_a_recipe_compiled_for_four_chips_that_are_not_there(tmp_path):
     (tmp_path / "recipe.py").write_text(RECIPE)
     command = [sys.executable, "-m", "llama_jax.cli", "plan", "recipe.py", "--topology", "v5e:2x2", "--json"]
-    # As a user has it: nothing is set that the verb sets itself.
-    clean = {name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, "XLA_FLAGS")}
-    clean |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "kept")}
+    clean = environment_of_a_user(tmp_path)
     command += ["--mesh", "fsdp=2,tensor=2"]
     # Two at once: libtpu's lock is not in the way, and both may keep the same plan.
     both = [
@@ -349,11 +363,7 @@ for config in (serve, ppo):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install 'llama_jax[dev]'")
 def test_programs_that_draw_judge_and_train_compiled_for_four_chips(tmp_path):
     """A drawn token reads weights and cache once; what an iteration keeps on a chip is the sum of its models."""
-    clean = {name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, "XLA_FLAGS")}
-    clean |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "kept")}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=clean, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (serve,), (draw, judge, policy, critic) = map(json.loads, done.stdout.splitlines())
+    (serve,), (draw, judge, policy, critic) = printed_by(COMPILE, tmp_path)
     # Generation splits over `tensor` alone; of the embedding it reads the rows of its tokens.
     norms, table = (2 * MODEL.n_layers + 1) * MODEL.dim, MODEL.vocab_size * MODEL.dim
     weights = 2 * ((MODEL.n_params - norms) / 2 + norms)
@@ -398,12 +408,8 @@ for model in (LLAMA2_7B, LLAMA2_13B, LLAMA2_34B, LLAMA2_70B):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install 'llama_jax[dev]'")
 def test_every_size_compiled_at_full_depth_reads_weights_and_cache_once_a_token(tmp_path):
     """Served on four chips. A cache that is copied, or weights that are gathered for each token, would double what is read."""
-    clean = {name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, "XLA_FLAGS")}
-    clean |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "kept")}
-    done = subprocess.run([sys.executable, "-c", SIZES], env=clean, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for model, line in zip((LLAMA2_7B, LLAMA2_13B, LLAMA2_34B, LLAMA2_70B), done.stdout.splitlines(), strict=True):
-        plan = json.loads(line)
+    plans = printed_by(SIZES, tmp_path)
+    for model, plan in zip((LLAMA2_7B, LLAMA2_13B, LLAMA2_34B, LLAMA2_70B), plans, strict=True):
         weights, table = 2 * model.n_params / 4, 2 * model.vocab_size * model.dim / 4
         cache = 2 * 2 * model.n_layers * 16 * model.n_kv_heads * model.head_dim * 2048 / 4
         assert plan["parameters"] == model.n_params and plan["seconds"]["binds"] == "HBM"
