@@ -100,10 +100,11 @@ keep() {
 status() {
   local folder="$runs/$1" state=lost code=-
   [ -d "$folder" ] || { echo "none 0 -"; return; }
-  if [ -f "$folder/ended" ]; then
-    state=ended code=$(cat "$folder/ended")
-  elif active "$folder"; then
+  # Asked in this order: a supervisor that is gone has written how its run ended.
+  if [ ! -f "$folder/ended" ] && active "$folder"; then
     state=running
+  elif [ -f "$folder/ended" ]; then
+    state=ended code=$(cat "$folder/ended")
   fi
   echo "$state $(cat "$folder/restarts") $code $(tail -n 1 "$folder/log" | tr -d '\r' | cut -c 1-200)"
 }
