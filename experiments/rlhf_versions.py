@@ -4,7 +4,8 @@ Claim: each version is better than the one before, by its reward models and in t
 ChatGPT, by its own reward models, goes from 39% (helpfulness) and 22% (harmlessness) after fine-tuning to 78% and 76% of V5
 with PPO; GPT-4 sees 13% and 10% become 67% and 61%.
 Command: python -m experiments.rlhf_versions --checkpoint runs/demo/sft --out runs/rlhf_versions
-Cost: twenty minutes on two CPU cores. Measured, and not so: see docs/experiments.md.
+Cost: twenty minutes on two CPU cores. Measured: true of the reward models, not of the truth; see
+docs/experiments.md.
 Before each version the world's annotators choose, with their mistakes, between two answers of the newest model that were drawn
 at different temperatures, as the paper's did every week. The program grades the versions; no model ever sees these grades.
 At full scale `paper_7b` and `paper_70b` are the recipes: `llama-jax rlhf Llama-2-7b-sft --data asked.jsonl --preferences

@@ -6,7 +6,8 @@ import socket
 
 import jax
 
-from llama_jax.parallel.watch import Watch
+from llama_jax.errors import UserError
+from llama_jax.parallel.watch import BEAT_EVERY, Watch
 
 # Each says that a launcher started several processes of this program, in a form jax.distributed.initialize reads by
 # itself.
@@ -34,8 +35,15 @@ def initialize(lost_after: float = 60.0, hang_after: float = 600.0) -> None:
     Args:
       lost_after: seconds of silence behind which another process is lost.
       hang_after: seconds without a further step behind which every host's last step is reported.
+
+    Raises:
+      UserError: `lost_after` is shorter than a few signs of life take.
     """
     global _watch
+    if lost_after < 3 * BEAT_EVERY:
+        raise UserError(
+            f"--loop.lost-after is {lost_after:g} s; a process is heard of every {BEAT_EVERY:g} s: give {3 * BEAT_EVERY:g} or more"
+        )
     if jax.distributed.is_initialized():
         return
     if not any(name in os.environ and launched(os.environ[name]) for name, launched in LAUNCHERS.items()):

@@ -52,7 +52,7 @@ class Watch:
         self._client, self._index, self._host, self._end = client, index, host, end
         self._lost_after, self._hang_after = lost_after, hang_after
         self._step, self._moved, self._beats = 0, time.monotonic(), 0
-        self._heard: dict[str, tuple[int, float]] = {}
+        self._heard: dict[int, tuple[int, float]] = {}
         self._stopped, self._leaving = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 

@@ -66,7 +66,7 @@ def generate_job(config: GenerateConfig, sizes: dict[str, int]) -> Job:
 
     def describe(mesh: Mesh) -> tuple[Any, tuple]:
         weights = abstract(model, mesh, config.dtype)
-        weights = gathered(quantize_abstract(weights) if config.int8 else weights, config.dtype)
+        weights = laid_to_generate(quantize_abstract(weights) if config.int8 else weights, config.dtype)
         return drawing(model, weights, rows, config.tokens, config.dtype, mesh)
 
     return Job(
@@ -140,7 +140,7 @@ def ppo_jobs(config: PPOConfig, model: LlamaConfig, sizes: dict[str, int], promp
     def draw(mesh: Mesh) -> tuple[Any, tuple]:
         policy, _ = ppo.describe_states(actors, optimizers, mesh)
         whole = assemble_policy(actors, policy.model, abstract_frozen(actors, mesh)[0])
-        weights = gathered(whole, config.compute.dtype)
+        weights = laid_to_generate(whole, config.compute.dtype)
         return drawing(model, weights, rows, length, config.compute.dtype, mesh)
 
     def judge(mesh: Mesh) -> tuple[Any, tuple]:
@@ -224,7 +224,7 @@ def drawing(
     return jax.jit(step, donate_argnums=1), (weights, state)
 
 
-def gathered(weights: Transformer, dtype: Any) -> Transformer:
+def laid_to_generate(weights: Transformer, dtype: Any) -> Transformer:
     """Weights as they lie to generate: cast, and whole where training splits them."""
     narrow = jax.eval_shape(lambda weights: weights.cast(dtype), weights)
     return jax.tree.map(

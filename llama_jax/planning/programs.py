@@ -48,6 +48,7 @@ class Job:
     """
     assumptions: tuple[str, ...] = ()
     trains: bool = True
+    """Whether it has micro-batches and recomputes, as a step does."""
     runs: int = 1
     """How often an iteration of the recipe runs the program."""
     data_loops: int | None = None

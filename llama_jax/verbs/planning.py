@@ -25,8 +25,8 @@ class PlanFlags:
     """Programs that are compiled at most while looking, minutes each."""
     model_preset: str = ""
     """The architecture, such as llama2-7b, where the recipe names a checkpoint that does not say it."""
-    prompt_tokens: int = 512
-    """Of the longest prompt of PPO, whose prompts are not read."""
+    prompt_tokens: int | None = None
+    """Of the longest prompt of PPO, whose prompts are not read; 512 if none is given."""
     price_per_chip_hour: float | None = None
     """What a chip costs an hour, in any currency."""
     watts_per_chip: float | None = None
@@ -92,12 +92,20 @@ Examples:
         raise UserError(f"a recipe of {stage} cannot be planned; those of pretrain, sft, reward, dpo and ppo can")
     config = config_with_flags(recipe, f"plan {argv[0]}", text, rest)
     model = preset(flags.model_preset) if flags.model_preset else None
+    if flags.prompt_tokens is not None and not isinstance(config, PPOConfig):
+        raise UserError("--prompt-tokens is of the prompts of PPO; this is another recipe: leave it out")
     if isinstance(config, GenerateConfig | PPOConfig):
+        if flags.price_per_chip_hour is not None or flags.watts_per_chip is not None:
+            raise UserError(
+                "--price-per-chip-hour and --watts-per-chip are for runs of known length, not for ppo or generate"
+            )
         if flags.search:
             raise UserError(
                 "--search looks for a training step that fits or is fast; plans of ppo and generate take --mesh"
             )
-        plans = planner.plan_programs(config, model, topology, prompt_tokens=flags.prompt_tokens, fresh=flags.fresh)
+        plans = planner.plan_programs(
+            config, model, topology, prompt_tokens=flags.prompt_tokens or 512, fresh=flags.fresh
+        )
         fit = all(plan.fits for plan in plans)
         if flags.json:
             print(json.dumps([to_json(plan) for plan in plans], indent=2))

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from llama_jax.errors import UserError
+from llama_jax.parallel import distributed
 from llama_jax.parallel.watch import PREFIX, Watch
 
 
@@ -149,8 +151,12 @@ def test_the_loss_of_the_store_is_the_loss_of_process_0(capsys):
     assert "process 0 cannot be reached any more" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("message", ["error: a\nerror: b"])
-def test_what_is_told_is_the_last_line(message):
+def test_what_is_told_is_the_last_line():
     pod = Pod()
-    pod.watches[1].fail(2, message, foreseen=True)
+    pod.watches[1].fail(2, "error: a\nerror: b", foreseen=True)
     assert json.loads(pod.store[f"{PREFIX}failed/1"]) == {"host": "host-1", "code": 2, "message": "error: b"}
+
+
+def test_a_silence_shorter_than_a_few_beats_is_refused():
+    with pytest.raises(UserError, match="--loop.lost-after is 5 s; .* give 6 or more"):
+        distributed.initialize(lost_after=5)

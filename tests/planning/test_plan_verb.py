@@ -119,6 +119,8 @@ def planned(capsys, monkeypatch):
             "--mini-batch 60 does not divide --batch 512",
         ),
         (["generate", "--topology", "v5e:4x4", "--rows", "0"], "--rows is 0"),
+        (["pretrain_7b", "--topology", "v5e:4x4", "--prompt-tokens", "9"], "--prompt-tokens is of the prompts of PPO"),
+        (["generate", "--topology", "v5e:4x4", "--price-per-chip-hour", "1"], "are for runs of known length"),
         (
             ["generate", "--topology", "v5e:4x4", "--model-preset", "llama2-70b"],
             "n_kv_heads 8 does not divide over tensor",
