@@ -99,6 +99,8 @@ def ppo_jobs(config: PPOConfig, model: LlamaConfig, sizes: dict[str, int], promp
     named = {} if config.function else {"helpfulness": "helpful", "safety": "safe"}
     assumed = {"checkpoint": "policy", "data": PromptsConfig(sources=("prompts.jsonl",)), **named}
     ppo_config.check(replace(config, **assumed), has_score=bool(config.function))
+    if prompt_tokens < 1:
+        raise UserError(f"--prompt-tokens is {prompt_tokens}; it must be 1 or more")
     ways = _ways(sizes)
     config = ppo_config.with_micro_batches(config, ways)
     longest = prompt_tokens + config.max_new_tokens

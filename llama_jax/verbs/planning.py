@@ -104,7 +104,11 @@ Examples:
                 "--search looks for a training step that fits or is fast; plans of ppo and generate take --mesh"
             )
         plans = planner.plan_programs(
-            config, model, topology, prompt_tokens=flags.prompt_tokens or 512, fresh=flags.fresh
+            config,
+            model,
+            topology,
+            prompt_tokens=512 if flags.prompt_tokens is None else flags.prompt_tokens,
+            fresh=flags.fresh,
         )
         fit = all(plan.fits for plan in plans)
         if flags.json:

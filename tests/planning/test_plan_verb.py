@@ -119,6 +119,10 @@ def planned(capsys, monkeypatch):
             "--mini-batch 60 does not divide --batch 512",
         ),
         (["generate", "--topology", "v5e:4x4", "--rows", "0"], "--rows is 0"),
+        (
+            ["ppo", "--topology", "v5e:4x4", "--model-preset", "llama2-7b", "--prompt-tokens", "0"],
+            "--prompt-tokens is 0; it must be 1 or more",
+        ),
         (["pretrain_7b", "--topology", "v5e:4x4", "--prompt-tokens", "9"], "--prompt-tokens is of the prompts of PPO"),
         (["generate", "--topology", "v5e:4x4", "--price-per-chip-hour", "1"], "are for runs of known length"),
         (
