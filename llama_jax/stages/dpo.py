@@ -52,7 +52,7 @@ from llama_jax.training.held_out_pairs import of_each_pair, write_scores
 from llama_jax.training.loop import fit
 from llama_jax.training.metrics import improvement, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmed_up
-from llama_jax.training.run_config import RunConfig, run_dataclass
+from llama_jax.training.run_config import HOW_IT_COMPUTES, RunConfig, run_dataclass
 from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without
 from llama_jax.training.step import TrainState
 
@@ -96,11 +96,8 @@ class DPOConfig(RunConfig):
 # What may differ between a run and its continuation. The model, the tokenizer and the pairs are compared by what they turned
 # out to be, not by the names under which they were found.
 FREE_TO_CHANGE = (
+    *HOW_IT_COMPUTES,
     *(
-        "compute.attention",
-        "compute.remat",
-        "compute.loss_chunk",
-        "compute.offload",
         "loop",
         "micro_batches",
         "length",

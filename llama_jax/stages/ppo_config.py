@@ -10,7 +10,7 @@ from llama_jax.model.lora import LoraConfig
 from llama_jax.training.advantages import THRESHOLD
 from llama_jax.training.loop import LoopConfig
 from llama_jax.training.optimizer import OptimizerConfig
-from llama_jax.training.run_config import RunConfig, run_dataclass
+from llama_jax.training.run_config import HOW_IT_COMPUTES, RunConfig, run_dataclass
 
 CONSTANT = OptimizerConfig(peak_lr=1e-6, warmup_steps=0, final_lr_ratio=1.0)
 
@@ -90,11 +90,8 @@ class PPOConfig(RunConfig):
 
 # What may differ between a run and its continuation. Models and prompts are compared by what they turned out to be.
 FREE_TO_CHANGE = (
+    *HOW_IT_COMPUTES,
     *(
-        "compute.attention",
-        "compute.remat",
-        "compute.loss_chunk",
-        "compute.offload",
         "loop",
         "micro_batches",
         "rows",

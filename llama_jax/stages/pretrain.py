@@ -35,7 +35,7 @@ from llama_jax.training.held_out import make_held_out_loss
 from llama_jax.training.loop import LoopConfig, fit
 from llama_jax.training.metrics import format_count, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from llama_jax.training.run_config import RunConfig, run_dataclass
+from llama_jax.training.run_config import HOW_IT_COMPUTES, RunConfig, run_dataclass
 from llama_jax.training.run_folder import differences, make_folder, open_run, without, write_whole
 from llama_jax.training.step import TrainState
 
@@ -90,7 +90,8 @@ class PretrainConfig(RunConfig):
 # What may differ between a run and its continuation: where and how it runs, not what it computes. The tokenizer is
 # compared by its content.
 FREE_TO_CHANGE = (
-    *("compute.attention", "compute.remat", "compute.loss_chunk", "compute.offload", "data.workers", "data.prefetch"),
+    *HOW_IT_COMPUTES,
+    *("data.workers", "data.prefetch"),
     *("data.eval_documents", "loop", "micro_batches", "sample_prompts"),
     *("mesh", "out", "resume", "dry_run", "json", "tokenizer"),
 )

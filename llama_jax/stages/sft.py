@@ -48,7 +48,7 @@ from llama_jax.training.held_out import make_score
 from llama_jax.training.loop import fit
 from llama_jax.training.metrics import improvement, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from llama_jax.training.run_config import RunConfig, run_dataclass
+from llama_jax.training.run_config import HOW_IT_COMPUTES, RunConfig, run_dataclass
 from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without
 from llama_jax.training.step import TrainState
 
@@ -93,7 +93,8 @@ class SFTConfig(RunConfig):
 # What may differ between a run and its continuation. The model, the tokenizer and the dialogues are compared by what they
 # turned out to be, not by the names under which they were found.
 FREE_TO_CHANGE = (
-    *("compute.attention", "compute.remat", "compute.loss_chunk", "compute.offload", "loop", "micro_batches"),
+    *HOW_IT_COMPUTES,
+    *("loop", "micro_batches"),
     *("checkpoint", "data.sources", "data.eval_dialogues", "mesh", "out", "resume", "dry_run", "json"),
 )
 

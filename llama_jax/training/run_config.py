@@ -7,6 +7,9 @@ from typing import Any, Literal, dataclass_transform
 from llama_jax.config import Compute
 from llama_jax.training.loop import LoopConfig
 
+# How a run computes, not what: a continuation may do it another way.
+HOW_IT_COMPUTES = ("compute.attention", "compute.remat", "compute.loss_chunk", "compute.offload")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
