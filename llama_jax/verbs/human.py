@@ -1,0 +1,82 @@
+"""The verb that compares models by people: compare."""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from tyro.conf import arg
+
+from llama_jax.errors import UserError
+from llama_jax.verbs.arguments import Json, call
+
+AnswerFiles = Annotated[tuple[str, ...], arg(metavar="ANSWERS.jsonl...")]
+
+
+def compare(argv: Sequence[str]) -> None:
+    """The actions of `llama-jax compare`; see llama_jax.evaluation.human_sheet and what stands beside it."""
+    actions = {"sheet": _sheet, "tally": _tally}
+    if argv and argv[0] in actions:
+        call(actions[argv[0]], f"compare {argv[0]}", argv[1:])
+        return
+    text = """Compare the answers of models, by people: pages to rate on, and what their ratings come to.
+
+A file of answers has a row for each prompt: {"prompt": ..., "answer": ...}, and `id` and `category` where they are known.
+
+Examples:
+  llama-jax compare sheet ours.jsonl theirs.jsonl --out study
+  llama-jax compare tally study ratings-*.json"""
+    tyro.extras.subcommand_cli_from_dict(actions, args=argv, prog="llama-jax compare", description=text)
+
+
+def _sheet(answers: AnswerFiles, /, *, out: str, safety: bool = False, raters: int = 3, seed: int = 0) -> None:
+    """Write a page for each rater, that opens in a browser from the file, and the key that says whose answers it shows.
+
+    Send OUT/sheets/rater-N.html to the raters, and keep OUT/key.json from them. Each sends back what the page exports.
+
+    Examples:
+      llama-jax compare sheet ours.jsonl theirs.jsonl --out study
+      llama-jax compare sheet ours.jsonl --safety --out safety-study
+
+    Args:
+      answers: A file of answers for each model, to the same prompts.
+      out: The folder to write.
+      safety: Have single answers rated on the paper's five points for safety, instead of pairs on its seven.
+      raters: How many people rate everything.
+      seed: Of sides and orders.
+    """
+    from llama_jax.evaluation.answers import read_answers
+    from llama_jax.evaluation.human_sheet import HELPFULNESS, SAFETY, write_sheets
+
+    _check_some(answers)
+    print(write_sheets(read_answers(answers), out, SAFETY if safety else HELPFULNESS, raters, seed))
+
+
+def _tally(
+    folder: Annotated[str, arg(metavar="DIR")],
+    ratings: Annotated[tuple[str, ...], arg(metavar="RATINGS.json...")],
+    /,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show what the raters' files come to: wins or violations with 95 % intervals, agreement, bias, ratings of the models.
+
+    Examples:
+      llama-jax compare tally study ratings-*.json
+      llama-jax compare tally study ratings-*.json --json
+
+    Args:
+      folder: What compare sheet wrote, with key.json.
+      ratings: The files that raters' pages exported.
+      as_json: Print JSON.
+    """
+    from llama_jax.evaluation.human_tally import read_key, read_ratings, tally, tally_sections
+
+    key = read_key(folder)
+    found = tally(key, read_ratings(ratings, key))
+    print(json.dumps(found) if as_json else "\n\n".join(tally_sections(found)))
+
+
+def _check_some(answers: tuple[str, ...]) -> None:
+    if not answers:
+        raise UserError("no file of answers given; name one for each model, such as ours.jsonl theirs.jsonl")
