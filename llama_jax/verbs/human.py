@@ -1,4 +1,4 @@
-"""The verb that compares models by people: compare."""
+"""The verb that compares models by people or by a model: compare."""
 
 import json
 from collections.abc import Sequence
@@ -15,17 +15,18 @@ AnswerFiles = Annotated[tuple[str, ...], arg(metavar="ANSWERS.jsonl...")]
 
 def compare(argv: Sequence[str]) -> None:
     """The actions of `llama-jax compare`; see llama_jax.evaluation.human_sheet and what stands beside it."""
-    actions = {"sheet": _sheet, "tally": _tally}
+    actions = {"sheet": _sheet, "tally": _tally, "judge": _judge}
     if argv and argv[0] in actions:
         call(actions[argv[0]], f"compare {argv[0]}", argv[1:])
         return
-    text = """Compare the answers of models, by people: pages to rate on, and what their ratings come to.
+    text = """Compare the answers of models, by people (pages to rate on, and what their ratings come to) or by a model.
 
 A file of answers has a row for each prompt: {"prompt": ..., "answer": ...}, and `id` and `category` where they are known.
 
 Examples:
   llama-jax compare sheet ours.jsonl theirs.jsonl --out study
-  llama-jax compare tally study ratings-*.json"""
+  llama-jax compare tally study ratings-*.json
+  llama-jax compare judge ours.jsonl theirs.jsonl --judge Llama-2-70b-chat-hf --out judged"""
     tyro.extras.subcommand_cli_from_dict(actions, args=argv, prog="llama-jax compare", description=text)
 
 
@@ -75,6 +76,44 @@ def _tally(
     key = read_key(folder)
     found = tally(key, read_ratings(ratings, key))
     print(json.dumps(found) if as_json else "\n\n".join(tally_sections(found)))
+
+
+def _judge(
+    answers: AnswerFiles,
+    /,
+    *,
+    judge: str,
+    out: str,
+    batch_size: int = 32,
+    int8: bool = False,
+    mesh: str | None = None,
+    as_json: Json = False,
+) -> None:
+    """Have a chat model compare the answers, each pair in both orders; what is stopped goes on when it is started again.
+
+    Examples:
+      llama-jax compare judge ours.jsonl theirs.jsonl --judge Llama-2-70b-chat-hf --out judged
+
+    Args:
+      answers: A file of answers for each model, to the same prompts.
+      judge: A checkpoint of a model that was tuned in Llama 2's chat format.
+      out: The folder to write, with judgements.jsonl.
+      batch_size: Questions that are saved together.
+      int8: Keep the judge's weights in 8 bits, half the memory of bfloat16.
+      mesh: Devices for it to lie on, such as auto or tensor=4; one if not given.
+      as_json: Print JSON.
+    """
+    from llama_jax.evaluation.judge import JudgeConfig, judge_answers, judge_sections, llama_judge
+
+    def load():
+        from llama_jax.generation.llama import Llama
+        from llama_jax.text.chat import Llama2Chat
+
+        return llama_judge(Llama.load(judge, mesh=mesh, int8=int8), Llama2Chat())
+
+    _check_some(answers)
+    found = judge_answers(JudgeConfig(answers, judge, out, batch_size), load)
+    print(json.dumps(found) if as_json else "\n\n".join(judge_sections(found)))
 
 
 def _check_some(answers: tuple[str, ...]) -> None:
