@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from llama_jax.config import LlamaConfig
+from llama_jax.errors import UserError
 from llama_jax.planning import hardware
 
 
@@ -45,8 +46,19 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, in order."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The records of a run's metrics.jsonl, in order; a last line that a killed process did not finish is left out.
+
+    Raises:
+      UserError: another line is no record.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if _step_of(line) == float("inf") and number < len(lines):
+            raise UserError(
+                f"{path}:{number} is no record of a step ({line[:60]!r}); delete the line, and the rest is read"
+            )
+    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
 def improvement(folder: Path, name: str, title: str) -> str:
@@ -60,7 +72,7 @@ def improvement(folder: Path, name: str, title: str) -> str:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line that a killed process did not finish
+    except (ValueError, KeyError, TypeError):  # a line that a killed process did not finish
         return float("inf")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ def open_run(
         )
     if jax.process_index() == 0:
         resolved = {"stage": stage, "config": dataclasses.asdict(config), "versions": installed_versions()}
+        resolved |= {"starts": _starts(folder)}
         write_whole(folder / FILE_NAME, tokenizer.model_bytes)
         write_whole(folder / "config.json", json.dumps(resolved, indent=2).encode())
 
@@ -92,8 +94,18 @@ def write_recipe(folder: Path, stage: str, config: Any, recipe: dict[str, Any], 
             + "\nrestore these values to go on with it, or begin another run with --out"
         )
     resolved = {"stage": stage, "config": dataclasses.asdict(config), "recipe": recipe}
-    resolved |= {"versions": installed_versions()}
+    resolved |= {"versions": installed_versions(), "starts": _starts(folder)}
     write_whole(folder / "config.json", json.dumps(resolved, indent=2).encode())
+
+
+def _starts(folder: Path) -> list[dict[str, Any]]:
+    """When and on what the run was started, this time last: a run may go on elsewhere, and its energy is of all of them."""
+    try:
+        earlier = json.loads((folder / "config.json").read_bytes())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):  # the first start
+        earlier = []
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return [*earlier, {"at": now, "device": jax.devices()[0].device_kind, "devices": jax.device_count()}]
 
 
 def digest_of(value: Any) -> str:

@@ -68,6 +68,7 @@ def test_a_run_leaves_a_complete_folder(finished, tokenizer_file, recipe):
     resolved = json.loads((folder / "config.json").read_text())
     assert resolved["stage"] == "pretrain" and resolved["config"]["optimizer"]["peak_lr"] == 1e-3
     assert {"llama_jax", "jax", "flax", "optax"} <= resolved["versions"].keys()
+    assert [(start["device"], start["devices"]) for start in resolved["starts"]] == [("cpu", 8)]
 
 
 def test_every_step_is_logged_once_and_the_loss_falls(finished):
