@@ -27,16 +27,20 @@ class Footprint:
     """Where that number is from."""
     price_per_chip_hour: float | None
     """In whatever currency the user thinks in."""
+    pue: float = PUE
+    """Power usage effectiveness of the data centre."""
+    kg_per_kwh: float = KG_PER_KWH
+    """Carbon intensity of its electricity."""
 
     @property
     def kwh(self) -> float:
         """Of the chips, with the data centre's losses."""
-        return self.chip_hours * self.watts * PUE / 1000
+        return self.chip_hours * self.watts * self.pue / 1000
 
     @property
     def tonnes(self) -> float:
         """CO2eq, in tonnes."""
-        return self.kwh * KG_PER_KWH / 1000
+        return self.kwh * self.kg_per_kwh / 1000
 
     @property
     def cost(self) -> float | None:

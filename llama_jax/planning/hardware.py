@@ -1,8 +1,7 @@
 """Chips as data: the peaks that MFU, rooflines and memory plans are measured against.
 
 TPU figures are Google's published specifications, GPU figures NVIDIA's data sheets: dense bf16 (no sparsity), memory in
-units of 1e9 bytes. What plans need beside the peaks is known for TPUs alone: links, the network between slices, clock and
-power.
+units of 1e9 bytes. What plans need beside the peaks is known for TPUs alone: links, the network between slices and clock.
 """
 
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ class Chip:
 # 1200 and 800 GB/s. Network: 25, 50 and 100 Gbit/s a chip (v5e and v6e as a pod's over 256); v4 as v5p, our assumption. Clock:
 # the peak over the FLOPs of a cycle, 32768 for each of a chip's 128 x 128 matrix units (8, 4, 8; v6e: 4 x 131072). Usable:
 # what libtpu 0.0.42 says is there when a program does not fit. Power: v4 in Jouppi et al. 2023, the most that they measured;
-# none is published for the others.
+# none is published for the other TPUs.
 V4 = Chip(
     *("v4", 275e12, 32e9, 1.2e12),
     link_bytes_per_s=50e9,
@@ -74,14 +73,15 @@ V6E = Chip(
     usable_bytes=31.25 * 2**30,
 )
 V7X = Chip("v7x", 2307e12, 192e9, 7.4e12, devices=2)
+# GPUs' power is the most that their data sheets let them draw; 80 GB A100s and H200s as SXM modules, cards draw less.
 # The T4 has no bf16 units: the figure is its fp16 peak, which bf16 work there does not reach.
-T4 = Chip("T4", 65e12, 16e9, 0.32e12)
-L4 = Chip("L4", 121e12, 24e9, 0.3e12)
+T4 = Chip("T4", 65e12, 16e9, 0.32e12, watts=70.0)
+L4 = Chip("L4", 121e12, 24e9, 0.3e12, watts=72.0)
 A100_40GB = Chip("A100 40GB", 312e12, 40e9, 1.555e12)
-A100_80GB = Chip("A100 80GB", 312e12, 80e9, 2.039e12)
-H100 = Chip("H100", 989e12, 80e9, 3.35e12)
-H100_PCIE = Chip("H100 PCIe", 756e12, 80e9, 2.0e12)
-H200 = Chip("H200", 989e12, 141e9, 4.8e12)
+A100_80GB = Chip("A100 80GB", 312e12, 80e9, 2.039e12, watts=400.0)
+H100 = Chip("H100", 989e12, 80e9, 3.35e12, watts=700.0)
+H100_PCIE = Chip("H100 PCIe", 756e12, 80e9, 2.0e12, watts=350.0)
+H200 = Chip("H200", 989e12, 141e9, 4.8e12, watts=700.0)
 
 CHIPS = (V4, V5E, V5P, V6E, V7X, T4, L4, A100_40GB, A100_80GB, H100, H100_PCIE, H200)
 
