@@ -1,23 +1,11 @@
 """The page on a run of PPO (paper 3.2.3): its curves, its first and last numbers, and how the held-out prompts fared."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import UserError
-from llama_jax.evaluation.report import table, write_page
+from llama_jax.evaluation.report import PPO_PANELS, plot_curves, table, write_page
 from llama_jax.training.metrics import read_metrics
-from llama_jax.training.run_folder import write_whole
-
-# What is drawn: a panel's title, and the names and labels of its curves.
-PANELS = (
-    ("reward", {"reward/mean": "answers trained on", "eval/reward": "held-out prompts"}),
-    ("KL to the reference (nats an answer)", {"kl/sequence": "entered the reward"}),
-    ("entropy (nats a token)", {"policy/entropy": "policy"}),
-    ("share of tokens clipped", {"policy/clip_fraction": "policy"}),
-    ("explained variance of returns", {"critic/explained_variance": "critic"}),
-    ("length of answers (tokens)", {"answers/length": "answers trained on", "eval/length": "held-out prompts"}),
-)
 
 
 def write_ppo_report(folder: str | Path) -> Path:
@@ -31,7 +19,7 @@ def write_ppo_report(folder: str | Path) -> Path:
     iterations = [record for record in records if "reward/mean" in record]
     if not iterations:
         raise UserError(f"{folder} has no iteration to report; expected the folder of a run of llama-jax ppo")
-    plot_panels(records, folder / "ppo.png")
+    plot_curves({folder.name: records}, folder / "ppo.png", PPO_PANELS, "iteration")
     names = [name for name in iterations[-1] if name != "step" and not name.endswith("skipped")]
     first, last = iterations[0], iterations[-1]
     held_out = [record for record in records if "eval/reward" in record]
@@ -45,27 +33,6 @@ def write_ppo_report(folder: str | Path) -> Path:
     if held_out:
         sections += ["## Held-out prompts", table(("iteration", "reward", "length", "cut"), shown)]
     return write_page(folder / "report.md", f"PPO {folder.name}", sections)
-
-
-def plot_panels(records: list[dict[str, Any]], path: Path) -> None:
-    """Draws what a run logged against its iterations into a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        for name, label in curves.items():
-            points = [(record["step"], record[name]) for record in records if name in record]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), "o-" if name.startswith("eval/") else "-", label=label, markersize=3
-                )
-        axes.set(title=title, xlabel="iteration")
-        axes.grid(alpha=0.3)
-        if len(curves) > 1:
-            axes.legend()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
-    write_whole(path, drawn.getvalue())
 
 
 def _shown(record: dict[str, Any], name: str) -> str:

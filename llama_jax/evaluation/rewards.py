@@ -3,7 +3,6 @@
 A policy that was trained on preferences directly is a reward model of its own kind, and has the same report.
 """
 
-import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,10 +12,9 @@ import numpy as np
 
 from llama_jax.data.pairs import UNKNOWN
 from llama_jax.data.preferences import Strength
-from llama_jax.evaluation.report import table, write_page
+from llama_jax.evaluation.report import save_figure, table, write_page
 from llama_jax.stages.reward import FINDINGS
 from llama_jax.training.held_out_pairs import SCORES, accuracy_of, length_correlation
-from llama_jax.training.run_folder import write_whole
 
 UNSAFE_SCORE = 0.0  # sigmoid 0.5, at which the paper calls an answer unsafe
 
@@ -159,13 +157,6 @@ def plot_scores(rows: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure as a whole PNG."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
-    write_whole(path, drawn.getvalue())
 
 
 def _accuracy(rows: list[dict[str, Any]]) -> str:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.evaluation.ppo import PANELS, write_ppo_report
+from llama_jax.evaluation.ppo import write_ppo_report
+from llama_jax.evaluation.report import PPO_PANELS
 
-LOGGED = {name for _, curves in PANELS for name in curves} | {"time/generate"}
+LOGGED = {name for _, curves in PPO_PANELS for name in curves} | {"time/generate"}
 
 
 def write_run(folder: Path, iterations: int = 3) -> Path:
