@@ -38,6 +38,7 @@ VERBS = {
     "convert": ("weights", "weights between Hugging Face, Meta, llama2.c and our own form, exactly"),
     "verify": ("weights", "whether two checkpoints of any form are the same model"),
     "download": ("weights", "fetch a checkpoint from the Hugging Face hub, its needed files alone"),
+    "report": ("report", "one page on runs: curves, numbers, samples, energy, recipes; or a model card"),
     "demo": ("first_steps", "the whole pipeline in minutes on a laptop, from raw text to samples"),
 }
 

@@ -31,9 +31,10 @@ LAYERS = [
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-# Beside the layers: data reads text's tokenizer, and every layer may know the chips' peaks, which are plain numbers.
+# Beside the layers: data reads text's tokenizer, and every layer may know the chips' peaks and what their
+# power comes to, which are plain numbers.
 ALSO = {("data", "text")}
-ANYWHERE = {"llama_jax.planning.hardware", "llama_jax.errors", "llama_jax"}
+ANYWHERE = {"llama_jax.planning.hardware", "llama_jax.planning.carbon", "llama_jax.errors", "llama_jax"}
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
