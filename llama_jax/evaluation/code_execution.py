@@ -181,21 +181,16 @@ def _run(program: Program, containment: Containment, timeout: float, memory: int
     job = asdict(containment) | {"timeout": timeout, "memory": memory, "python": _python(), "readable": _readable()}
     with tempfile.TemporaryDirectory(prefix="llama_jax-program-", ignore_cleanup_errors=True) as folder:
         job |= {"folder": os.path.realpath(folder), "child": _CHILD.read_text()}
-        keeper = subprocess.Popen(
-            [sys.executable, "-IS", str(_KEEPER), json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # the terminal's interrupt is for us: keepers end what they keep first
-            env={},
-        )
-        try:
-            answer, complaint = keeper.communicate(marshal.dumps(task), timeout + _GRACE)
-        except subprocess.TimeoutExpired:
-            answer, complaint = b"", b""
-        finally:
-            keeper.kill()
-            keeper.communicate()
+        command = [sys.executable, "-IS", str(_KEEPER), json.dumps(job)]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        # In a session of its own, as the terminal's interrupt is for us, and without our environment.
+        with subprocess.Popen(command, **pipes, start_new_session=True, env={}) as keeper:
+            try:
+                answer, complaint = keeper.communicate(marshal.dumps(task), timeout + _GRACE)
+            except subprocess.TimeoutExpired:
+                answer = complaint = b""
+            finally:
+                keeper.kill()
     if answer:
         return _outcome(json.loads(answer), token, timeout)
     if complaint:

@@ -30,11 +30,17 @@ SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ATTR_RDONLY_NOSUID_NODEV = 442, -100,
 SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT, LANDLOCK_VERSION, PATH_BENEATH = 444, 445, 446, 1, 1
 # Landlock's rights: all but execution, up to version 3; those for reading; those that a file can have.
 FS_ALL, FS_READ, FS_FILE = (1 << 15) - 2, 1 << 2 | 1 << 3, 1 << 1 | 1 << 2 | 1 << 14
-# Of each architecture: its name for seccomp, its clone, and what is refused: socket, fork, vfork, kill, tkill, tgkill,
-# ptrace, process_vm_writev, unshare, setns; and for both pidfd_send_signal, io_uring_setup and pidfd_getfd.
+# Of each architecture: its name for seccomp, its clone and prlimit64, and what is refused: socket, fork, vfork, kill, tkill,
+# tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, ptrace, process_vm_writev, unshare, setns, shmget, semget, msgget; and for both
+# pidfd_send_signal, io_uring_setup and pidfd_getfd.
 SYSCALLS = {
-    "x86_64": (0xC000003E, 56, (41, 57, 58, 62, 200, 234, 101, 311, 272, 308, 424, 425, 438)),
-    "aarch64": (0xC00000B7, 220, (198, 129, 130, 131, 117, 271, 97, 268, 424, 425, 438)),
+    "x86_64": (
+        0xC000003E,
+        56,
+        302,
+        (41, 57, 58, 62, 200, 234, 129, 297, 101, 311, 272, 308, 29, 64, 68, 424, 425, 438),
+    ),
+    "aarch64": (0xC00000B7, 220, 261, (198, 129, 130, 131, 138, 240, 117, 271, 97, 268, 194, 190, 186, 424, 425, 438)),
 }
 
 
@@ -121,7 +127,7 @@ def refuse_calls() -> None:
     """Has the kernel (seccomp) refuse this process sockets, processes other than threads, and signals."""
     if os.uname().machine not in SYSCALLS:
         raise OSError(f"no list of system calls for {os.uname().machine}")
-    architecture, clone, refused = SYSCALLS[os.uname().machine]
+    architecture, clone, prlimit, refused = SYSCALLS[os.uname().machine]
     load, equal, at_least, has_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, error = (answer, 0, 0, 0x7FFF0000), lambda number: (answer, 0, 0, 0x50000 | number)
     # Instructions are (code, instructions to skip if true, if false, value); a call's number stands at 0 of the data, its
@@ -131,7 +137,9 @@ def refuse_calls() -> None:
         program += [(equal, 0, 1, number), error(errno.EPERM)]
     program += [(at_least, 0, 1, 1 << 30), error(errno.EPERM)]  # x86_64's second numbering
     program += [(equal, 0, 1, 435), error(errno.ENOSYS)]  # clone3 hides its flags; the C library then takes clone
-    program += [(equal, 0, 3, clone), (load, 0, 0, 16), (has_bit, 1, 0, CLONE_THREAD), error(errno.EPERM), allow]
+    for number, own in ((clone, (has_bit, 0, 1, CLONE_THREAD)), (prlimit, (equal, 0, 1, 0))):  # threads, and own limits
+        program += [(equal, 0, 4, number), (load, 0, 0, 16), own, allow, error(errno.EPERM)]
+    program.append(allow)
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in program))
     call("prctl", PR_SET_SECCOMP, SECCOMP_FILTER, struct.pack("@HP", len(program), ctypes.addressof(code)), 0, 0)
 
