@@ -14,6 +14,7 @@ _CHANGES = {
     *("os.chmod", "os.chown", "os.chflags", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"),
     *("os.truncate", "os.utime", "os.setxattr", "os.removexattr", "os.chdir", "shutil.chown", "sqlite3.connect"),
 }
+_LOOKS = {"os.listdir", "os.scandir"}
 # What no program of a benchmark needs: processes, signals to others, other limits, native calls.
 _REFUSED = {
     *("os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.posix_spawn", "os.spawn", "os.system"),
@@ -49,9 +50,10 @@ def guard(work: str, readable: list[str]) -> None:
             # Event loops talk to themselves through a pair of local sockets, which they only make.
             if event != "socket.__new__" or arguments[1] != 1:  # AF_UNIX
                 raise PermissionError(f"refused: {event}")
-        elif event in _CHANGES:
+        elif event in _CHANGES or event in _LOOKS:
             for path in arguments:
-                if isinstance(path, str | bytes | os.PathLike) and not lies_in(path, work_only):
+                folders = readable if event in _LOOKS else work_only
+                if isinstance(path, str | bytes | os.PathLike) and not lies_in(path, folders):
                     raise PermissionError(f"refused: {event} {path!r}")
 
     def refused(*_):

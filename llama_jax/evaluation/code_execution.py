@@ -1,4 +1,4 @@
-"""Runs generated Python programs against their tests, contained (pass@k of paper A.2.2).
+"""Runs generated Python programs against their tests, contained: the code benchmarks of paper 2.3 and A.2.2.
 
 A generated program may do anything, so each runs in a process of its own (`code_child`) that another one starts and ends
 (`code_keeper`). Two lines hold it. The kernel's holds whatever the program does, and depends on the machine. The guard,
@@ -8,20 +8,21 @@ own process: it is the same everywhere, so that scores are, but a program that l
                                         namespaces   filters             neither             macOS
 clock, processor, size of a file        kernel       kernel              kernel              kernel
 memory of a process                     kernel       kernel              kernel              -
-memory of all its processes             16 times     kernel (one only)   guard (one only)    -
-processes, threads                      16 in all    threads by memory   guard, by memory    guard
-nothing runs on after its end           kernel       kernel              kernel              its own group
+processes                               16, kernel   one, kernel         one, guard          one, guard
+threads                                 16, kernel   as memory allows    as memory allows    -
+nothing runs on after its end           kernel       kernel              kernel              but its own group
 signals to others                       kernel       kernel              guard               guard
-writing files outside its folder        kernel       kernel              guard               guard
-reading what is not Python's            kernel       kernel              guard               guard
+writing outside its folder              kernel       kernel              guard               guard
+reading but for /usr and Python         kernel       kernel              guard               guard
 network                                 kernel       kernel              guard               guard
 
 Namespaces: the program has a file system, processes and a network of its own. They are tried first, as root and as any
-user where the kernel lets users make them (it counts processes of a user that is not root alone). Filters: Landlock
-(Linux 6.2) and seccomp (x86_64, aarch64), which need no rights, as in most containers. Neither: a warning says so. Where
-root starts it, the program runs as a user that owns nothing, in all columns; where that cannot be, nothing runs. All its
-files together are limited in namespaces alone. Everywhere input is empty, output is thrown away and the environment is six
-fixed variables.
+user where the kernel lets users make them. Filters: Landlock (Linux 6.2) and seccomp (x86_64, aarch64), which need no
+rights and so work in most containers. Neither: a warning says so. Where root starts it, the program runs as a user that
+owns nothing, in every column; where that cannot be, nothing runs. Memory is limited for each process, so that in namespaces
+a program that gets around the guard may have 16 times as much; the sum of its files is limited in namespaces alone.
+Everywhere input is empty, output is thrown away, and the environment is six fixed variables. The column of macOS is what
+the code should do there; it was not tried.
 
 What nothing here can do: tests that share a process with the program believe its objects (one that equals everything
 passes), and a program that digs its own process for the token may report what it likes. Leaving early, printing what a
@@ -45,6 +46,7 @@ from pathlib import Path
 from llama_jax.errors import UserError
 
 _KEEPER, _CHILD = (Path(__file__).with_name(f"code_{name}.py") for name in ("keeper", "child"))
+_LONGEST_WHY = 400  # letters
 _GRACE = 30.0  # seconds that a keeper has beside the program's, on a machine that does much else
 
 
@@ -209,7 +211,7 @@ def _outcome(answer: dict, token: str, timeout: float) -> Outcome:
     if answer["said"] == token:
         return Outcome(True, "passed")
     why = answer["said"] or "exited before its tests were done"
-    return Outcome(False, "".join(letter if letter.isprintable() else " " for letter in why))
+    return Outcome(False, "".join(letter if letter.isprintable() else " " for letter in why[:_LONGEST_WHY]))
 
 
 def _python() -> str:

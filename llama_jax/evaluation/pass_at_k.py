@@ -1,4 +1,4 @@
-"""pass@k: how often one of k generated programs passes its tests (paper A.2.2, Table 21: HumanEval and MBPP)."""
+"""pass@k: how often one of k generated programs passes its tests (paper 2.3, A.2.2: HumanEval and MBPP)."""
 
 import math
 from collections.abc import Sequence
