@@ -68,23 +68,21 @@ def guard(work: str, readable: list[str]) -> None:
 def verdict(candidate: str, tests: str, token: str) -> str:
     """Runs the candidate, then the tests on its names; gives the token if both ran to their ends, or else why not.
 
-    The two are compiled apart, so that no candidate swallows its tests; and what runs after the candidate was looked up
-    before it, so that none of it is the candidate's.
+    The two are compiled apart, so that no candidate swallows its tests, and run by the `exec` from before the candidate. What
+    else it may have replaced is used after a failure alone, and makes no token of it.
     """
-    run, out_of_memory, leaving, anything, describe = exec, MemoryError, SystemExit, BaseException, _describe
-    module = types.ModuleType("program")  # not __main__: what a program does as a script is not asked for
-    sys.modules["program"], names = module, module.__dict__
+    run, module = exec, types.ModuleType("program")  # not __main__: what a program does as a script is not asked for
+    sys.modules["program"] = module
     try:
         checks = compile(tests, "tests", "exec", dont_inherit=True)
-        run(compile(candidate, "program", "exec", dont_inherit=True), names)
-        run(checks, names)
-    except out_of_memory:
-        names.clear()
+        run(compile(candidate, "program", "exec", dont_inherit=True), module.__dict__)
+        run(checks, module.__dict__)
+    except MemoryError:
         return "out of memory"
-    except leaving:
+    except SystemExit:
         return "exited before its tests were done"
-    except anything as error:
-        return "failed: " + describe(error)
+    except BaseException as error:
+        return "failed: " + _describe(error)
     return token
 
 
@@ -98,13 +96,11 @@ def _describe(error: BaseException) -> str:
 def main() -> None:
     """Reads the task, and leaves as soon as the verdict is written: threads and exit handlers have no say."""
     task = marshal.load(sys.stdin.buffer)
-    os.dup2(1, 0)  # /dev/null
     sys.path += task["packages"]
     if task["guard"]:
         guard(os.getcwd(), task["readable"])
-    write, leave, judge = os.write, os._exit, verdict
-    write(3, judge(task["candidate"], task["tests"], task["token"]).encode(errors="replace"))
-    leave(0)
+    os.write(3, verdict(task["candidate"], task["tests"], task["token"]).encode(errors="replace"))
+    os._exit(0)
 
 
 if __name__ == "__main__":

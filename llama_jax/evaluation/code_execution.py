@@ -182,7 +182,7 @@ def _run(program: Program, containment: Containment, timeout: float, memory: int
     }
     job = asdict(containment) | {"timeout": timeout, "memory": memory, "python": _python(), "readable": _readable()}
     with tempfile.TemporaryDirectory(prefix="llama_jax-program-", ignore_cleanup_errors=True) as folder:
-        job |= {"folder": os.path.realpath(folder), "child": _CHILD.read_text()}
+        job |= {"folder": os.path.realpath(folder), "child": _CHILD.read_text(), "parent": os.getpid()}
         command = [sys.executable, "-IS", str(_KEEPER), json.dumps(job)]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         # In a session of its own, as the terminal's interrupt is for us, and without our environment.

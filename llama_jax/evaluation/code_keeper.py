@@ -10,6 +10,7 @@ import json
 import math
 import os
 import resource
+import select
 import signal
 import struct
 import sys
@@ -51,6 +52,8 @@ def main() -> None:
     try:
         if sys.platform == "linux":
             call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != job["parent"]:
+                return  # it ended before its end would be told
             call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         if job["namespaces"]:
             enter_namespaces()
@@ -149,6 +152,8 @@ def keep(job: dict, user: int) -> dict:
     (told, tell), (failed, fail) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(told)
+        os.close(failed)
         become_child(job, user, tell, fail)
     os.close(tell)
     os.close(fail)
@@ -180,6 +185,10 @@ def become_child(job: dict, user: int, tell: int, fail: int) -> None:
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
         limit(job)
+        keeper = select.poll()
+        keeper.register(fail, 0)
+        if keeper.poll(0):
+            os._exit(1)  # nobody can read any more: it ended before its end would be told
         if job["filters"]:
             allow_files(job["folder"], job["readable"])
             refuse_calls()

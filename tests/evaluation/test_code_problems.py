@@ -59,7 +59,7 @@ def test_mbpp_setup_comes_before_the_tests(shared):
     assert whys([mbpp_program(problem, right)]) == ["passed"]
 
 
-@pytest.mark.parametrize("stop", HUMANEVAL_STOPS)
+@pytest.mark.parametrize("stop", ["\nclass", "\ndef", "\n#", "\nif", "\nprint"])
 def test_a_completion_ends_at_the_first_stop(stop):
     function = "    x = '# def class if print'\n    if x:\n        print(x)\n    return x\n"
     assert cut(function + stop + " more" + "".join(HUMANEVAL_STOPS), HUMANEVAL_STOPS) == function
