@@ -481,22 +481,34 @@ def eventually(happens) -> bool:
     return is_so
 
 
-def test_the_order_is_the_programs_and_no_outcome_waits_for_all():
-    programs = [
-        Program(f"import time\ntime.sleep({wait})", f"assert not {n}, {n}") for n, wait in enumerate((1, 0.5, 0))
-    ]
-    assert [one.why[-1] for one in run(programs, GUARD)] == ["d", "1", "2"]
+def test_programs_run_side_by_side_and_their_order_is_kept():
     began = time.monotonic()
-    outcomes = run_programs(
-        [FINDS, *[Program("import time\ntime.sleep(3)", "")] * 9],
-        run_code=True,
-        containment=GUARD,
-        workers=1,
-        timeout=5,
-    )
+    programs = [
+        Program(f"import time\ntime.sleep({wait})", f"assert not {n}, {n}") for n, wait in enumerate((2, 2, 2, 0))
+    ]
+    assert [one.why[-1] for one in run(programs, GUARD)] == ["d", "1", "2", "3"]
+    assert time.monotonic() - began < 5  # of 6 seconds
+
+
+def test_outcomes_do_not_wait_for_all_and_what_nobody_waits_for_does_not_begin():
+    began = time.monotonic()
+    programs = [FINDS, *[Program("import time\ntime.sleep(3)", "")] * 9]
+    outcomes = run_programs(programs, run_code=True, containment=GUARD, workers=1, timeout=5)
     assert next(outcomes).passed
     outcomes.close()
     assert time.monotonic() - began < 15  # of 27 seconds
+
+
+def test_a_thread_that_goes_on_is_not_waited_for():
+    code = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()"
+    assert run([Program(code, "")], GUARD) == [Outcome(True, "passed")]
+
+
+def test_what_a_program_says_is_fit_for_a_terminal():
+    (outcome,) = run([Program("raise OSError('\\x1b[31m\\n' * 100)", "")], GUARD)
+    assert outcome.why.startswith("failed: OSError:  [31m  [31m") and len(outcome.why) <= 400
+    many = "import os\nfor _ in range(40): os.write(3, b'x' * 100)"
+    assert run([Program(many, "")], GUARD)[0].why == "x" * 400
 
 
 def test_nothing_runs_that_the_user_did_not_allow():
