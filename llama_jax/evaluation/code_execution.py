@@ -113,7 +113,7 @@ def run_programs(
       programs: what to run.
       run_code: whether the user allowed it: generated programs run only where that was asked for.
       timeout: seconds of the clock for one program with its tests. Our choice: 3, as HumanEval's own checker has it.
-      memory: bytes of address space of one process; NumPy needs about a quarter of the default.
+      memory: bytes of address space of one process. Python starts with 64 MiB, and imports NumPy with 96.
       workers: programs at a time; the machine's processors if none.
       containment: how they are held; the strongest that this machine has if none.
 
@@ -129,7 +129,8 @@ def run_programs(
         raise UserError(f"A program gets {timeout:g} s and {memory:,} bytes; give it more than 0 s and at least 64 MiB")
     if containment is None:
         containment = find_containment()
-        print(containment.warning(), end="\n" if containment.warning() else "", file=sys.stderr)
+        if warning := containment.warning():
+            print(warning, file=sys.stderr)
     return _outcomes(programs, containment, timeout, memory, workers or os.cpu_count() or 1)
 
 
@@ -207,7 +208,7 @@ def _outcome(answer: dict, token: str, timeout: float) -> Outcome:
     if answer["late"] or ended_by == signal.SIGXCPU:
         return Outcome(False, f"timed out after {timeout:g} s")
     if ended_by:
-        return Outcome(False, f"killed by {signal.Signals(ended_by).name}")
+        return Outcome(False, f"killed by signal {ended_by} ({signal.strsignal(ended_by)})")
     if answer["said"] == token:
         return Outcome(True, "passed")
     why = answer["said"] or "exited before its tests were done"
