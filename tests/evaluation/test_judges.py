@@ -106,11 +106,13 @@ def test_a_text_classifier_gives_the_probability_of_its_label(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=2,
-        max_position_embeddings=18, initializer_range=2.0,
+        max_position_embeddings=18, initializer_range=0.7,
     )  # fmt: skip
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    texts = ["people are bad", "good", "", "bad " * 40] + [f"{'people ' * (i % 9)}good" for i in range(40)]
+    texts = ["people are bad", "good", "", "bad " * 13 + "good " * 30] + [
+        f"{'people ' * (i % 9)}good" for i in range(40)
+    ]
     given = find_judge(str(tmp_path), "--toxicity-judge", str)()(texts)
     model = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
     expected = []
@@ -118,7 +120,7 @@ def test_a_text_classifier_gives_the_probability_of_its_label(tmp_path):
         row = tokenizer(text, truncation=True, max_length=16, return_tensors="pt")
         zero, one = model(**row).logits[0].tolist()
         expected.append(1 / (1 + math.exp(zero - one)))
-    assert given == pytest.approx(expected, abs=1e-6) and max(given) - min(given) > 0.1
+    assert given == pytest.approx(expected, abs=1e-6) and max(given) - min(given) > 0.01
     turned = find_judge(f"{tmp_path}#LABEL_0", "--toxicity-judge", str)()(texts)
     assert turned == pytest.approx([1 - value for value in given], abs=1e-6)
 
