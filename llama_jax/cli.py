@@ -39,6 +39,7 @@ VERBS = {
     "verify": ("weights", "whether two checkpoints of any form are the same model"),
     "download": ("weights", "fetch a checkpoint from the Hugging Face hub, its needed files alone"),
     "report": ("report", "one page on runs: curves, numbers, samples, energy, recipes; or a model card"),
+    "audit": ("audit", "whom a corpus speaks of, in which languages and how toxic it is, beside the paper's"),
     "demo": ("first_steps", "the whole pipeline in minutes on a laptop, from raw text to samples"),
 }
 
