@@ -120,6 +120,22 @@ def test_what_a_text_is_counted_for(text, found):
     assert members_of(text) == found
 
 
+def test_every_pronoun_counts_where_the_paper_lists_it():
+    words = {word for pronouns in PRONOUNS.values() for word in pronouns.split()}
+    assert len(words) == 4 + 4 + 7 + 3 + 10 + 5
+    for word in words:
+        expected = {name for name, pronouns in PRONOUNS.items() if word in pronouns.split()}
+        assert members_of(f"Yes, {'I' if word == 'i' else word}!", {}) == expected
+
+
+def test_descriptors_of_two_words_begin_and_end_at_words():
+    descriptors = {"axis": ("Native-American",)}
+    for text in ("alternative american, a native", "native americans, american", "American native"):
+        assert members_of(text, descriptors) == set()
+    for text in ("native\nAmerican", "a Native-American.", "NATIVE, AMERICAN", "native american"):
+        assert members_of(text, descriptors) == {"axis/native american"}
+
+
 def test_a_document_counts_once_however_often_it_says_a_thing_and_empty_ones_count():
     counts = Auditor(AuditConfig({"axis": ("gay", "lesbian", "straight")})).count(
         ["gay gay lesbian she she", "straight", "", "Lesbian."]

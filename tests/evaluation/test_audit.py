@@ -211,15 +211,21 @@ def test_a_limit_reads_the_first_documents(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_document_that_cannot_be_read_ends_it_and_what_was_counted_stays(tmp_path, capsys, workers):
-    texts, _ = planted(2 * PART)
+def test_a_document_that_cannot_be_read_ends_it_and_all_before_its_part_is_kept(tmp_path, capsys, monkeypatch, workers):
+    monkeypatch.setattr(audit_module, "PART", 16)
+    texts, _ = planted(100 * 16)
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:-1], '{"txt": 1}']))
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:807], '{"txt": 1}', *lines[808:]]))
     code, out, err = outcome(capsys, source, "--out", tmp_path / "out", "--workers", workers)
-    assert (code, out) == (2, "") and f"a.jsonl, line {2 * PART} has no text" in err and "Traceback" not in err
+    assert (code, out) == (2, "") and "a.jsonl, line 808 has no text" in err and "Traceback" not in err
     state = json.loads((tmp_path / "out" / "counts.json").read_text())
-    assert state["counts"]["documents"] == PART and not (tmp_path / "out" / "audit.md").exists()
+    assert state["counts"] == Auditor(AuditConfig(OWN_DESCRIPTORS)).count(texts[:800]).as_json()
+    assert not (tmp_path / "out" / "audit.md").exists()
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    assert outcome(capsys, source, "--out", tmp_path / "out", "--workers", workers)[0] == 0
+    found = json.loads((tmp_path / "out" / "counts.json").read_text())["counts"]
+    assert found == Auditor(AuditConfig(OWN_DESCRIPTORS)).count(texts).as_json()
 
 
 def test_the_verb_prints_its_tables_or_json(tmp_path, capsys):
@@ -234,6 +240,38 @@ def test_the_verb_prints_its_tables_or_json(tmp_path, capsys):
             assert re.search(rf"\| {name} \| .* \| {value} \|", out)
     code, out, _ = outcome(capsys, *words, "--json")
     assert code == 0 and json.loads(out)["descriptors"]["sexual_orientation"]["members"]["gay"]["count"] == 1
+
+
+def test_the_five_greatest_of_an_axis_are_shown_and_the_papers_beside_them(tmp_path, capsys):
+    common = ["british", "french", "german", "italian", "japanese", "spanish"]
+    texts = [" ".join([*common[n:], "indian"]) for n in range(6)] + ["indian"]
+    code, out, _ = outcome(capsys, write_jsonl(tmp_path / "a.jsonl", texts), "--out", tmp_path / "out")
+    lines = [line.split(" | ")[0].removeprefix("| ") for line in out.splitlines()]
+    shown = lines[lines.index("**nationality**") + 1 : lines.index("**race ethnicity**")]
+    assert code == 0 and shown == [
+        "indian",
+        "spanish",
+        "japanese",
+        "italian",
+        "german",
+        "american",
+        "chinese",
+        "korean",
+        "mexican",
+    ]
+
+
+def test_a_toxicity_of_one_half_is_toxic(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(lines):\n    return [float(line) for line in lines]\n")
+    config = AuditConfig({}, toxicity=f"{tmp_path / 'mine.py'}:score", sample=1.0)
+    texts = ["0.4999", "0.5", "1\n0", "0.4\n0.5", "0.9"]
+    toxicity = audit([write_jsonl(tmp_path / "a.jsonl", texts)], tmp_path / "out", config)["toxicity"]
+    assert (toxicity["toxic"]["count"], toxicity["toxic"]["of"]) == (3, 5)
+    assert {name: share["count"] for name, share in toxicity["bins"].items() if share["count"]} == {
+        "0.4 to 0.5": 2,
+        "0.5 to 0.6": 2,
+        "0.9 to 1.0": 1,
+    }
 
 
 def test_own_descriptors_can_be_given(tmp_path, capsys):
