@@ -61,21 +61,19 @@ def audit(
     """
     _check(sources, config, limit, workers)
     opened = [open_source(spec) for spec in sources]
-    total = min(sum(map(len, opened)), limit or sum(map(len, opened)))
+    lengths = [len(source) for source in opened]
+    total = min(sum(lengths), limit or sum(lengths))
     auditor = Auditor(config)  # also where workers load their own, to find here what cannot be loaded
     recipe = json.loads(json.dumps({"sources": sources, "documents": total, **dataclasses.asdict(config)}))
     folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        counts = _earlier(folder / COUNTS, recipe)
-        parts = list_parts([len(source) for source in opened], counts.documents, total)
-        counted = _on_workers(opened, config, parts, workers) if workers else _here(opened, auditor, parts)
-        counts = _add_up(counted, counts, recipe, folder / COUNTS, say)
-        results = as_results(counts, recipe)
-        write_whole(folder / RESULTS, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
-        write_whole(folder / PAGE, as_page(results).encode())
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written to ({error.strerror}); name another with --out") from error
+    counts = _earlier(folder / COUNTS, recipe)
+    _save(folder / COUNTS, recipe, counts)  # also to find here that it cannot be written
+    parts = list_parts(lengths, counts.documents, total)
+    counted = _on_workers(opened, config, parts, workers) if workers else _here(opened, auditor, parts)
+    counts = _add_up(counted, counts, recipe, folder / COUNTS, say)
+    results = as_results(counts, recipe)
+    _write(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    _write(folder / PAGE, as_page(results))
     return results
 
 
@@ -113,11 +111,11 @@ def _earlier(path: Path, recipe: dict[str, Any]) -> Counts:
     try:
         found = json.loads(path.read_bytes())
         was, counts = found["recipe"], Counts.from_json(found["counts"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Counts()
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); remove it or name another --out") from None
-    if changes := differences(was, recipe):
+    if counts.documents and (changes := differences(was, recipe)):
         raise UserError(
             f"{path.parent} holds an audit with other settings:\n"
             + "\n".join(f"  {name}: {old!r:.100} there, {new!r:.100} here" for name, old, new in changes)
@@ -174,8 +172,7 @@ def _add_up(
                     done = f"{counts.documents}/{total} documents {counts.documents / total:.1%}"
                     say(f"{done} {rate:.0f} documents/s eta {eta}")
     finally:
-        if counts.documents > before:
-            _save(path, recipe, counts)
+        _save(path, recipe, counts)
     if done := counts.documents - before:
         seconds = time.monotonic() - began
         say(f"{done} documents in {format_duration(seconds)}, {done / seconds:.0f} documents/s")
@@ -183,4 +180,14 @@ def _add_up(
 
 
 def _save(path: Path, recipe: dict[str, Any], counts: Counts) -> None:
-    write_whole(path, json.dumps({"recipe": recipe, "counts": counts.as_json()}).encode())
+    _write(path, json.dumps({"recipe": recipe, "counts": counts.as_json()}))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise UserError(
+            f"--out {path.parent} cannot be written to ({error.strerror}); name another with --out"
+        ) from error

@@ -129,7 +129,7 @@ def as_page(results: Mapping[str, Any]) -> str:
     ]
     if results["languages"]:
         lines += [
-            f"## Languages\n\nBy {recipe['languages']}; {UNKNOWN} where the probability is below {LANGUAGE_THRESHOLD}.",
+            f"## Languages\n\nBy fastText with {recipe['languages']}; {UNKNOWN} where the probability is below {LANGUAGE_THRESHOLD}.",
             _languages_table(results["languages"]),
         ]
     if toxicity := results["toxicity"]:

@@ -195,10 +195,10 @@ def test_a_kill_loses_what_was_counted_since_the_last_save_alone(tmp_path, monke
         audit_module, "_save", lambda path, *rest: (save(path, *rest), states.append(path.read_bytes()))
     )
     whole = audit([source], tmp_path / "whole", config, say=said.append)
-    assert [json.loads(state)["counts"]["documents"] // PART for state in states] == [1, 2, 3, 4, 5, 5]
+    assert [json.loads(state)["counts"]["documents"] // PART for state in states] == [0, 1, 2, 3, 4, 5, 5]
     assert re.fullmatch(r"512/1280 documents 40.0% \d+ documents/s eta \d+s", said[1])
     (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / "counts.json").write_bytes(states[2])
+    (tmp_path / "killed" / "counts.json").write_bytes(states[3])
     assert audit([source], tmp_path / "killed", config, say=said.append) == whole
     assert said[-1].startswith(f"{2 * PART} documents in ")
 
@@ -313,6 +313,10 @@ def test_another_audit_in_the_folder_is_not_mixed_with_this_one(tmp_path):
     audit([source], tmp_path / "out", AuditConfig(OWN_DESCRIPTORS))
     with pytest.raises(UserError, match="other settings:\n  documents: 2 there, 1 here\n  sample: 0.1 there, 0.5 here"):
         audit([source], tmp_path / "out", AuditConfig(OWN_DESCRIPTORS, sample=0.5), limit=1)
+    with pytest.raises(UserError, match="gave nan"):
+        (tmp_path / "bad.py").write_text("def score(lines):\n    return [float('nan')] * len(lines)\n")
+        audit([source], tmp_path / "new", AuditConfig({}, toxicity=f"{tmp_path}/bad.py:score", sample=1.0))
+    audit([source], tmp_path / "new", AuditConfig({}))  # of the other nothing had been counted
     (tmp_path / "out" / "counts.json").write_text("{}")
     with pytest.raises(UserError, match="counts.json cannot be read"):
         audit([source], tmp_path / "out", AuditConfig(OWN_DESCRIPTORS))
