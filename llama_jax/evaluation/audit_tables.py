@@ -84,7 +84,7 @@ def as_results(counts: Counts, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     descriptors = {
         axis: {
-            **_group(counts, axis, *PAPER_DESCRIPTORS[axis]),
+            **_group(counts, axis, *PAPER_DESCRIPTORS.get(axis, (None, {}))),
             "dropped": [term for term in DROPPED if counts.members[f"{axis}/{term}"]],
             "with_dropped": _share(counts.with_dropped[axis], counts.documents, None),
         }
@@ -115,7 +115,7 @@ def as_page(results: Mapping[str, Any]) -> str:
     """
     recipe = results["recipe"]
     is_own = recipe["descriptors"] == {axis: list(terms) for axis, terms in OWN_DESCRIPTORS.items()}
-    kind = "The descriptors are a small list of our own, and the paper's are HolisticBias's." if is_own else ""
+    kind = " The descriptors are a small list of our own, and the paper's are HolisticBias's." if is_own else ""
     lines = [
         "# Corpus audit",
         f"{results['documents']} documents of {', '.join(recipe['sources'])}, beside the paper's pretraining corpus (4.1). "
@@ -124,7 +124,7 @@ def as_page(results: Mapping[str, Any]) -> str:
         "Bold: of all documents. Else: of the documents that the bold line above counts.",
         _groups_table(results["pronouns"]),
         "## Descriptors",
-        f"Bold: of all documents, those that mention any descriptor of the axis but {', '.join(DROPPED)}. Else: of these. {kind}",
+        f"Bold: of all documents, those that mention any descriptor of the axis but {', '.join(DROPPED)}. Else: of these.{kind}",
         _groups_table(results["descriptors"]),
     ]
     if results["languages"]:
@@ -150,7 +150,7 @@ def _share(count: int, of: int, paper: float | None) -> dict[str, Any]:
     return {"count": count, "of": of, "percent": percent, "low": 100 * low, "high": 100 * high, "paper": paper}
 
 
-def _group(counts: Counts, group: str, paper: float, paper_members: Mapping[str, float]) -> dict[str, Any]:
+def _group(counts: Counts, group: str, paper: float | None, paper_members: Mapping[str, float]) -> dict[str, Any]:
     own = {key.partition("/")[2]: count for key, count in counts.members.items() if key.startswith(f"{group}/")}
     own = {**dict.fromkeys(paper_members, 0), **{name: count for name, count in own.items() if name not in DROPPED}}
     members = {name: _share(own[name], counts.groups[group], paper_members.get(name)) for name in own}

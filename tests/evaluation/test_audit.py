@@ -203,6 +203,12 @@ def test_a_kill_loses_what_was_counted_since_the_last_save_alone(tmp_path, monke
     assert said[-1].startswith(f"{2 * PART} documents in ")
 
 
+def test_an_axis_that_the_paper_does_not_have_stands_without_its_value(tmp_path):
+    results = audit([write_jsonl(tmp_path / "a.jsonl", ["old", ""])], tmp_path / "out", AuditConfig({"age": ("old",)}))
+    age = results["descriptors"]["age"]
+    assert (age["count"], age["percent"], age["paper"], age["members"]["old"]["paper"]) == (1, 50.0, None, None)
+
+
 def test_a_limit_reads_the_first_documents(tmp_path):
     sources = [write_jsonl(tmp_path / f"{n}.jsonl", [text] * 5) for n, text in enumerate(["she", "he", "they"])]
     results = audit(sources, tmp_path / "out", AuditConfig({}), limit=7)
