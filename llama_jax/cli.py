@@ -40,6 +40,7 @@ VERBS = {
     "download": ("weights", "fetch a checkpoint from the Hugging Face hub, its needed files alone"),
     "report": ("report", "one page on runs: curves, numbers, samples, energy, recipes; or a model card"),
     "audit": ("audit", "whom a corpus speaks of, in which languages and how toxic it is, beside the paper's"),
+    "contamination": ("contamination", "how much of an evaluation stands in a training corpus, and whether it shows"),
     "demo": ("first_steps", "the whole pipeline in minutes on a laptop, from raw text to samples"),
 }
 
