@@ -84,7 +84,12 @@ def check_contamination(
     for found in results:
         progress.add(found)
         say(progress.line())
-    return _write_report(read, samples, sources, tokenizer, ids, progress, Path(out))
+    header = {
+        "corpus": {"sources": list(sources), "documents": progress.documents, "tokens": progress.tokens},
+        "samples": {"file": str(samples), "samples": len(ids), "tokens": len(progress.longest)},
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    return _write_report(header, read, np.array([len(one) for one in ids], np.int64), progress.longest, Path(out))
 
 
 def _ids(texts: Iterable[str], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -119,49 +124,31 @@ def _progress(
 
 
 def _write_report(
-    read: Samples,
-    samples: str,
-    sources: Sequence[str],
-    tokenizer: Tokenizer,
-    ids: Sequence[np.ndarray],
-    progress: Progress,
-    out: Path,
+    header: dict[str, Any], read: Samples, sizes: np.ndarray, longest: np.ndarray, out: Path
 ) -> dict[str, Any]:
-    sizes = np.array([len(one) for one in ids], np.int64)
-    shares_LS = np.stack([sample_shares(progress.longest, sizes, length) for length in LENGTHS])
-    report = {
-        "corpus": {"sources": list(sources), "documents": progress.documents, "tokens": progress.tokens},
-        "samples": {"file": str(samples), "samples": len(ids), "tokens": int(sizes.sum())},
-        "tokenizer_sha256": tokenizer.sha256,
-        "results": [_as_json(*one) for one in _results(read, shares_LS)],
-    }
-    rows = zip(read.names, read.benchmarks, sizes.tolist(), shares_LS.T.round(4).tolist(), strict=True)
+    shares = np.stack([sample_shares(longest, sizes, length) for length in LENGTHS])  # [lengths, samples]
+    report = header | {"results": [_as_json(*one) for one in _results(read, shares)]}
+    rows = zip(read.names, read.benchmarks, sizes.tolist(), shares.T.round(4).tolist(), strict=True)
     write_rows(
         out / "samples.jsonl",
-        ({"id": i, "benchmark": name, "tokens": size, "shares": shares} for i, name, size, shares in rows),
+        ({"id": name, "benchmark": of, "tokens": size, "shares": some} for name, of, size, some in rows),
     )
     write_whole(out / "report.json", json.dumps(report, indent=1).encode())
     write_page(out / "report.md", "Contamination", _sections(report))
     return report
 
 
-def _results(read: Samples, shares_LS: np.ndarray) -> Iterator[tuple[str, str, int, float | None, list[AtLength]]]:
+def _results(read: Samples, shares: np.ndarray) -> Iterator[tuple[str, str, int, float | None, list[AtLength]]]:
     """Benchmark, model, samples, mean score and all lengths, of every benchmark with every model that has scores for it."""
     for benchmark in dict.fromkeys(read.benchmarks):
         own = [number for number, name in enumerate(read.benchmarks) if name == benchmark]
-        names = [read.names[number] for number in own]
-        models: dict[str, np.ndarray | None] = {}
-        for model, by_name in read.scores.items():
-            missing = [name for name in names if name not in by_name]
-            if missing and len(missing) < len(names):
-                raise UserError(
-                    f"{len(missing)} of the {len(names)} samples of {benchmark} have no score of {model or 'their own'}, "
-                    f"the first is {missing[0]}; a benchmark has a score for every sample or for none"
-                )
-            if not missing:
-                models[model] = np.array([by_name[name] for name in names])
-        for model, scores in (models or {"": None}).items():
-            lengths = [at_length(length, shares_LS[k, own], scores) for k, length in enumerate(LENGTHS)]
+        scored: dict[str, np.ndarray | None] = {
+            model: np.array([by_name[read.names[number]] for number in own])
+            for model, by_name in read.scores.items()
+            if read.names[own[0]] in by_name  # and then all of the benchmark
+        }
+        for model, scores in (scored or {"": None}).items():
+            lengths = [at_length(length, shares[k, own], scores) for k, length in enumerate(LENGTHS)]
             yield benchmark, model, len(own), None if scores is None else float(scores.mean()), lengths
 
 

@@ -23,7 +23,7 @@ _BLOCK = 1 << 15  # windows hashed at once: with their hashes they stay in a cor
 _JOINED = 1 << 20  # tokens of documents that are joined before they are searched
 _PAIRS = 1 << 15  # places of samples and corpus compared at once
 _BYTES = 8  # of the table, for each window: of windows that no sample has, less than 1 in 64 are looked up further
-_WIDEST = 256  # tokens by which all matches are extended at once
+_WIDEST = 256  # tokens by which matches are extended at once, EXACT or more
 _SPREAD, _BASE = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93  # odd and without a pattern in their bits
 
 
@@ -57,7 +57,9 @@ def index_samples(samples: Sequence[np.ndarray]) -> SampleIndex:
     starts = np.flatnonzero(np.arange(len(tokens)) + EXACT < ends)  # room for one token more than the window
     hashes = window_hashes(tokens)[starts] if len(starts) else np.zeros(0, np.uint64)
     order = np.argsort(hashes, kind="stable")
-    unique, firsts = np.unique(hashes[order], return_index=True)
+    hashes = hashes[order]
+    firsts = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)])
+    unique = hashes[firsts]
     table = np.zeros(1 << max(16, (_BYTES * len(unique)).bit_length()), np.uint8)
     np.bitwise_or.at(table, _slots(table, unique), _bits(unique))
     return SampleIndex(tokens, ends, unique, np.append(firsts, len(order)), starts[order], table)
@@ -210,12 +212,12 @@ def is_covered(longest: np.ndarray, least: int) -> np.ndarray:
 
     Args:
       longest: as `longest_matches` gives it.
-      least: the minimum match length L; as no match is shorter than 11 tokens, 10 and 11 are the same.
+      least: the minimum match length L, 1 or more; as no match is shorter than 11 tokens, 10 and 11 are the same.
 
     Returns:
       bool, [tokens of all samples].
     """
-    starts = np.flatnonzero(longest >= max(least, EXACT + 1))
+    starts = np.flatnonzero(longest >= least)
     changes = np.zeros(len(longest) + 1, np.int32)
     np.add.at(changes, starts, 1)
     np.add.at(changes, starts + longest[starts], -1)

@@ -22,14 +22,15 @@ class Samples:
     texts: tuple[str, ...]
     """As they are verbalised."""
     scores: dict[str, dict[str, float]]
-    """By model, by id, 0 to 1; the file's own scores are those of the model ""."""
+    """By model, by id, 0 to 1, for all samples of a benchmark or none; the file's own are those of the model ""."""
 
 
 def read_samples(path: str, scores: Sequence[str] = ()) -> Samples:
     """Reads the samples, and the files of scores for them.
 
     Raises:
-      UserError: a file or a field is missing, an id is there twice or not among the samples, or a score is none.
+      UserError: a file, a field or some of a benchmark's scores are missing, an id is there twice or not among the samples,
+        or a score is none.
     """
     names, benchmarks, texts, own = [], [], [], {}
     for place, row in _rows(path, ("id", "text")):
@@ -54,7 +55,20 @@ def read_samples(path: str, scores: Sequence[str] = ()) -> Samples:
             if (name := str(row["id"])) not in known:
                 raise UserError(f"{place()}: the id {name} is not in {path}; expected scores of its samples")
             by_model[model][name] = _score(row["score"], place)
+    for model, by_name in by_model.items():
+        _check_whole(names, benchmarks, model, by_name)
     return Samples(tuple(names), tuple(benchmarks), tuple(texts), by_model)
+
+
+def _check_whole(names: Sequence[str], benchmarks: Sequence[str], model: str, scores: dict[str, float]) -> None:
+    """Raises UserError if a benchmark has scores for some of its samples and not for others."""
+    begun = {benchmark for name, benchmark in zip(names, benchmarks, strict=True) if name in scores}
+    for name, benchmark in zip(names, benchmarks, strict=True):
+        if benchmark in begun and name not in scores:
+            raise UserError(
+                f"the sample {name} of {benchmark} has no score of {model or 'its own'}, and others have; a benchmark has "
+                "scores for all its samples or for none"
+            )
 
 
 def _rows(path: str, fields: Sequence[str]) -> Iterator[tuple[Callable[[], str], dict[str, Any]]]:

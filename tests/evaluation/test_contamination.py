@@ -14,6 +14,7 @@ import pytest
 
 from llama_jax import cli
 from llama_jax.data.documents import tokenize
+from llama_jax.errors import UserError
 from llama_jax.evaluation import contamination, contamination_progress
 from llama_jax.evaluation.contamination import check_contamination
 from llama_jax.evaluation.contamination_statistics import AtLength, Subset, at_length, largest_benefit, sample_shares
@@ -249,6 +250,30 @@ def test_what_is_done_is_not_searched_again_for_new_scores(files, tmp_path, monk
     assert "| even | 70b | 50 | dirty | 10 | 99." in page and "| even | 7b | 20 | 100.0 |" in page
 
 
+def test_only_the_same_search_is_gone_on_with(files, tmp_path):
+    rows = (files / "samples.jsonl").read_text().splitlines(keepends=True)
+
+    def again(rows, source="jsonl:{}/corpus.jsonl", tokenizer="tokenizer.model"):
+        (tmp_path / "rows.jsonl").write_text("".join(rows))
+        loaded = Tokenizer.load(files / tokenizer)
+        check_contamination(
+            str(tmp_path / "rows.jsonl"), [source.format(files)], loaded, tmp_path / "out", say=lambda line: None
+        )
+
+    again(rows)
+    again([row.replace('"score": 0', '"score": 1') for row in rows])
+    Tokenizer.train(WORDS, files / "another.model", vocab_size=290)
+    (tmp_path / "longer.jsonl").write_text((files / "corpus.jsonl").read_text() + '{"text": "more"}\n')
+    for how in (
+        {"rows": rows[1:]},
+        {"rows": [rows[0].replace('text": "', 'text": "x '), *rows[1:]]},
+        {"rows": rows, "tokenizer": "another.model"},
+        {"rows": rows, "source": f"jsonl:{tmp_path}/longer.jsonl"},
+    ):
+        with pytest.raises(UserError, match="of other samples, sources or tokenizer; name another --out"):
+            again(**how)
+
+
 def verb(capsys, files, *words):
     fixed = [
         files / "samples.jsonl",
@@ -284,7 +309,7 @@ def lines(*rows):
         (lines({"id": 1, "text": "a", "score": 76.5}), "expected a number from 0 to 1"),
         (
             lines({"id": 1, "text": "a", "score": 1}, {"id": 2, "text": "b"}),
-            "1 of the 2 samples of samples have no score",
+            "the sample 2 of samples has no score of its own, and others have",
         ),
     ],
 )
@@ -304,7 +329,7 @@ def test_bad_samples(capsys, files, tmp_path, samples, message):
     assert cli.main(["contamination", *map(str, words)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and "Traceback" not in err
-    assert not (tmp_path / "o" / "report.json").exists()
+    assert not (tmp_path / "o").exists()  # known before the search
 
 
 @pytest.mark.parametrize(
