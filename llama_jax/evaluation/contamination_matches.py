@@ -4,8 +4,8 @@ A match is a stretch of a sample and one of a document, of equal length, that ho
 at most four, the skipgram budget; none of the four is among the first ten tokens, and none is the last. "Longer than 10
 tokens" is taken as written, so a match has 11 tokens or more. No match leaves its sample or its document.
 
-Our choice: mismatches are substitutions (the paper's spans differ "in" tokens; nothing is inserted or left out), and they count
-towards the length of the match and among its tokens.
+Our choice: mismatches are substitutions, nothing is inserted or left out; they count towards the length of the match and among
+its tokens. At a minimum match length L count the matches of L tokens or more, so that L = 10 and L = 11 are the same.
 
 What is small, the samples, is indexed by the hashes of all stretches of ten tokens; what is large, the corpus, passes by. Equal
 hashes are looked at token by token, so that a collision costs time and never a result. Of all matches that begin at a token of

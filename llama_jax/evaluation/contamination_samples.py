@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def read_samples(path: str, scores: Sequence[str] = ()) -> Samples:
     """
     names, benchmarks, texts, own = [], [], [], {}
     for place, row in _rows(path, ("id", "text")):
-        name, text, benchmark = str(row["id"]), row["text"], row.get("benchmark", Path(path).name.split(".")[0])
+        name, text, benchmark = str(row["id"]), row["text"], row.get("benchmark", _stem(path))
         if not isinstance(text, str) or not text.strip() or not isinstance(benchmark, str):
             raise UserError(f"{place()}: expected text that is not blank, and a benchmark's name if any; found {row}")
         names.append(name)
@@ -47,7 +48,7 @@ def read_samples(path: str, scores: Sequence[str] = ()) -> Samples:
         raise UserError(f"{path}: the id {twice} is there twice; write the benchmark before it, as in mmlu-{twice}")
     by_model = {"": own} if own else {}
     for file in scores:
-        model = Path(file).name.split(".")[0]
+        model = _stem(file)
         if model in by_model:
             raise UserError(f"--scores: two files are called {model}, as which their model is reported; rename one")
         by_model[model] = {}
@@ -85,6 +86,10 @@ def _rows(path: str, fields: Sequence[str]) -> Iterator[tuple[Callable[[], str],
             found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
             raise UserError(f"{place()} holds {found or 'nothing'}; expected the fields {' and '.join(fields)}")
         yield place, row
+
+
+def _stem(path: str) -> str:
+    return re.sub(r"(\.jsonl?)?(\.gz|\.zst)?$", "", Path(path).name)
 
 
 def _score(value: Any, place: Callable[[], str]) -> float:

@@ -123,7 +123,7 @@ WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("n", "r", "st"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """40 samples of two benchmarks; 200 documents of which each fourth holds a sample with one wrong word; a tokenizer."""
+    """40 samples of two benchmarks; 200 documents of which each fourth holds a sample with one wrong word."""
     folder = tmp_path_factory.mktemp("contamination")
     generator = np.random.default_rng(0)
 
@@ -138,6 +138,7 @@ def files(tmp_path_factory):
         words = samples[number // 4 % 20]["text"].split()
         words[75] = "xxx"
         documents[number] += " " + " ".join(words) + " " + sentence(5)
+        documents[number + 2] += " " + " ".join(words[:60])  # and a part of it in another, which changes nothing
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     tokenizer = Tokenizer.train(documents, folder / "tokenizer.model", vocab_size=330)
@@ -238,16 +239,16 @@ def recipe_of(out):
 
 def test_what_is_done_is_not_searched_again_for_new_scores(files, tmp_path, monkeypatch):
     search(files, tmp_path)
-    for name, right in {"7b": range(0, 40, 2), "70b": range(20)}.items():
+    for name, right in {"v2.7b": range(0, 40, 2), "70b": range(20)}.items():
         rows = [{"id": k, "score": float(k in right)} for k in range(40)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(contamination, "search_here", lambda search, shards: map(pytest.fail, shards))
-    report, _ = search(files, tmp_path, scores=[str(tmp_path / "7b.jsonl"), str(tmp_path / "70b.jsonl")])
+    report, _ = search(files, tmp_path, scores=[str(tmp_path / "v2.7b.jsonl"), str(tmp_path / "70b.jsonl")])
     verdicts = {(one["benchmark"], one["model"]): one["largest_length_with_benefit"] for one in report["results"]}
     assert verdicts[("even", "70b")] == verdicts[("odd", "70b")] == verdicts[("odd", "")] == 50
-    assert verdicts[("even", "7b")] is verdicts[("odd", "7b")] is None
+    assert verdicts[("even", "v2.7b")] is verdicts[("odd", "v2.7b")] is None
     page = (tmp_path / "report.md").read_text()
-    assert "| even | 70b | 50 | dirty | 10 | 99." in page and "| even | 7b | 20 | 100.0 |" in page
+    assert "| even | 70b | 50 | dirty | 10 | 99." in page and "| even | v2.7b | 20 | 100.0 |" in page
 
 
 def test_only_the_same_search_is_gone_on_with(files, tmp_path):
