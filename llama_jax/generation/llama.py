@@ -30,6 +30,7 @@ from llama_jax.text.chat import Llama2Chat, Template
 from llama_jax.text.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens read per dispatch
+SHARED_TOKENS = 64  # that all prompts of a batch begin with, as examples before a question, are read once
 DECODE_CHUNK = 32  # tokens per dispatch of a batch; a stream gets each token by itself
 
 
@@ -318,15 +319,26 @@ class Llama:
           kept: the cache of a single row, whose tokens are not read again.
         """
         cache, known = kept.take(prompts[0]) if kept is not None else (None, 0)
-        prompts = [ids[known:] for ids in prompts]
-        longest = max(map(len, prompts))
-        T = min(rounded_up(longest, least=16), PREFILL_CHUNK)
         slots = min(slots_for(room), self.model.config.context_length)
         if cache is None:
+            known, rows = _shared(prompts), ways("batch")
+            if known < SHARED_TOKENS or len(prompts) <= rows:
+                known, rows = 0, len(prompts)
             apart = isinstance(self.model.layers, tuple)
-            cache = init_cache(self.model.config, len(prompts), slots, self.dtype, apart)
+            cache = init_cache(self.model.config, rows, slots, self.dtype, apart)
+            if known:
+                longest = max(prompts, key=len)
+                cache, logits_BV = self._read_on(cache, [longest[:known]] * rows)
+                cache, _ = repeat(cache, logits_BV, len(prompts) // rows)
         elif cache.slots < slots:
             cache = widen(cache, slots)
+        return self._read_on(cache, [ids[known:] for ids in prompts])
+
+    def _read_on(self, cache: Cache, prompts: list[list[int]]) -> tuple[Cache, jax.Array]:
+        """`read`, of what stands behind the tokens in the cache."""
+        longest = max(map(len, prompts))
+        chunks = -(-longest // PREFILL_CHUNK)
+        T = min(rounded_up(-(-longest // chunks), least=16), PREFILL_CHUNK)  # equal chunks, lest the last be padding
         logits_BV = None
         for start in range(0, longest, T):
             pieces = [ids[start : start + T] for ids in prompts]
@@ -339,6 +351,16 @@ class Llama:
     def on_mesh(self) -> AbstractContextManager:
         """The mesh that the model lies on as the ambient one, if it lies on one."""
         return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+def _shared(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, each with one more behind them; rows without a prompt aside."""
+    prompts = [ids for ids in prompts if ids]
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in the order of tokens: what these two share, all do
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)
 
 
 def _fast_dtype(platform: str) -> Any:

@@ -84,24 +84,61 @@ def sample_rollouts(
     """
     prompts = [list(map(int, ids)) for ids in prompts]
     slots = _checked(llama, prompts, seeds, max_new_tokens, temperature, rows, slots)
+    rollouts: list[Any] = [None] * len(prompts)
+    budgets = [max_new_tokens] * len(prompts)
+    for number, rollout in draw(llama, prompts, seeds, budgets, Sampling(float(temperature), 1.0, 0), rows, slots):
+        rollouts[number] = rollout
+    return rollouts
+
+
+def draw(
+    llama: Llama,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    budgets: Sequence[int],
+    sampling: Sampling,
+    rows: int,
+    slots: int,
+    is_whole: Callable[[int, list[int]], bool] = lambda number, ids: False,
+    steps: int = DECODE_CHUNK,
+) -> Iterator[tuple[int, Rollout]]:
+    """Draws one answer to each prompt, and gives each with its prompt's number as soon as it is whole.
+
+    Args:
+      llama: the model.
+      prompts: token ids, one or more each.
+      seeds: one for each prompt.
+      budgets: tokens of each answer at most, EOS included; 1 or more.
+      sampling: how to draw.
+      rows: answers under way at once; rounded up to what divides over the mesh.
+      slots: tokens that a row has room for; no prompt with its budget needs more.
+      is_whole: whether what a prompt has drawn, its tokens so far, needs no more; asked after `steps` tokens, so it may have some more.
+      steps: tokens per dispatch at most.
+    """
     if not prompts:
-        return []
-    sampling, eos_id = Sampling(float(temperature), 1.0, 0), llama.tokenizer.eos_id
+        return
+    eos_id = llama.tokenizer.eos_id
     with llama.on_mesh():
-        table = _Table(len(prompts), rows, ways("batch"))
+        table = _Table(budgets, rows, ways("batch"))
         apart = isinstance(llama.model.layers, tuple)
         state = _idle(llama.model.config, table.prompt_of.size, slots, llama.dtype, apart)
         while not table.is_done:
             for numbers, places in table.refills():
                 ids = [prompts[number] if number >= 0 else [] for number in numbers.flat]
                 row_seeds = [seeds[number] if number >= 0 else 0 for number in numbers.flat]
-                budget_B = np.where(numbers.ravel() >= 0, max_new_tokens, 0).astype(np.int32)
+                budget_B = np.array([budgets[number] if number >= 0 else 0 for number in numbers.flat], np.int32)
                 new, token_B, log_prob_B = _begin(llama, ids, row_seeds, budget_B, sampling)
                 state = _put(state, new, places.ravel())
-                table.take(numbers, *_fetch((token_B[:, None], log_prob_B[:, None])), eos_id, max_new_tokens)
-            state, *drawn = decode(llama.model, state, sampling, eos_id, DECODE_CHUNK, table.enough)
-            table.take(table.prompt_of, *_fetch(drawn), eos_id, max_new_tokens)
-    return [Rollout(ids, log_probs, ids[-1] == eos_id) for ids, log_probs in table.drawn]
+                table.take(numbers, *_fetch((token_B[:, None], log_prob_B[:, None])), eos_id)
+            state, *drawn = decode(llama.model, state, sampling, eos_id, steps, table.enough)
+            table.take(table.prompt_of, *_fetch(drawn), eos_id)
+            stopped_B = table.stop(is_whole)
+            if stopped_B.any():
+                state = state._replace(left_B=_without(state.left_B, stopped_B))
+            while table.whole:
+                number = table.whole.popleft()
+                ids, log_probs = table.drawn[number]
+                yield number, Rollout(ids, log_probs, ids[-1] == eos_id)
 
 
 def _checked(
@@ -137,12 +174,15 @@ def _checked(
 class _Table:
     """Whose each row is, and what each prompt has drawn; on the host alone."""
 
-    def __init__(self, prompts: int, rows: int, devices: int):
-        own = -(-min(rows, prompts) // devices)
+    def __init__(self, budgets: Sequence[int], rows: int, devices: int):
+        own = -(-min(rows, len(budgets)) // devices)
         self.prompt_of = np.full((devices, own), -1)
         """The prompt of each row of each part of the mesh that holds rows of its own; -1: free."""
-        self.drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in range(prompts)]
-        self._waiting = deque(range(prompts))
+        self.drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in budgets]
+        self.whole: deque[int] = deque()
+        """Prompts whose answer has become whole and was not given out yet."""
+        self._budgets = budgets
+        self._waiting = deque(range(len(budgets)))
         self._at_once = -(-own // REFILL_SHARE)
 
     @property
@@ -175,9 +215,7 @@ class _Table:
                         own[free[0]] = numbers[device, place]
             yield numbers, places.astype(np.int32)
 
-    def take(
-        self, numbers: np.ndarray, tokens_BT: np.ndarray, log_probs_BT: np.ndarray, eos_id: int, budget: int
-    ) -> None:
+    def take(self, numbers: np.ndarray, tokens_BT: np.ndarray, log_probs_BT: np.ndarray, eos_id: int) -> None:
         """Adds what the rows of these prompts drew, and frees the rows whose answer is whole."""
         for number, tokens_T, log_probs_T in zip(numbers.ravel().tolist(), tokens_BT, log_probs_BT, strict=True):
             if number >= 0:
@@ -185,8 +223,20 @@ class _Table:
                 count = int((tokens_T != NO_TOKEN).sum())
                 ids += tokens_T[:count].tolist()
                 log_probs += log_probs_T[:count].tolist()
-                if len(ids) == budget or ids[-1] == eos_id:
-                    self.prompt_of[self.prompt_of == number] = -1
+                if len(ids) == self._budgets[number] or ids[-1] == eos_id:
+                    self._free(number)
+
+    def stop(self, is_whole: Callable[[int, list[int]], bool]) -> np.ndarray:
+        """Frees the rows whose answer needs no more though it did not end, and says which rows of all these are."""
+        numbers = self.prompt_of.ravel().tolist()
+        stopped_B = np.array([number >= 0 and is_whole(number, self.drawn[number][0]) for number in numbers])
+        for number in self.prompt_of.ravel()[stopped_B].tolist():
+            self._free(number)
+        return stopped_B
+
+    def _free(self, number: int) -> None:
+        self.prompt_of[self.prompt_of == number] = -1
+        self.whole.append(number)
 
 
 def _begin(
@@ -204,6 +254,12 @@ def _idle(config: LlamaConfig, rows: int, slots: int, dtype: Any, apart: bool) -
     """Rows of which none has anything to draw."""
     none_B = constrain(jnp.zeros(rows, jnp.int32), "batch")
     return Decoding(init_cache(config, rows, slots, dtype, apart), none_B, none_B, row_keys(none_B, none_B))
+
+
+@jax.jit
+def _without(left_B: jax.Array, stopped_B: jax.Array) -> jax.Array:
+    """What rows may still draw, those that were stopped nothing."""
+    return constrain(jnp.where(stopped_B, 0, left_B), "batch")
 
 
 @partial(jax.jit, donate_argnames="state")

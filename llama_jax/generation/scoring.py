@@ -5,7 +5,6 @@ others.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 
 from llama_jax.config import Compute
 from llama_jax.model.transformer import Transformer
-from llama_jax.parallel.mesh import ways
+from llama_jax.parallel.mesh import constrain, ways
 
 BATCH_TOKENS = 4096  # tokens per dispatch, padding included; a longer text is one by itself
 LOGIT_TOKENS = 512  # tokens whose logits exist at once
@@ -31,41 +30,50 @@ class Score(NamedTuple):
     """Whether each is the likeliest after those before it (of equally likely ones the lowest id): what temperature 0 gives."""
 
 
-@partial(jax.jit, static_argnames="n_chunks")
-def score_batch(
-    model: Transformer, tokens_BT: jax.Array, targets_BT: jax.Array, n_chunks: int
-) -> tuple[jax.Array, jax.Array]:
+@jax.jit
+def score_batch(model: Transformer, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """How likely each target is after the tokens up to its place.
 
     Args:
       model: its dtype is that of the computation.
       tokens_BT: int32, padded on the right.
       targets_BT: int32; the token after each.
-      n_chunks: in how many parts the logits are computed, one after another.
 
     Returns:
-      log-probabilities (B, T), float32, and whether the target is the likeliest (B, T), bool.
+      log-probabilities (B, T), float32, and whether the target is the likeliest (B, T), bool; whole on every process.
     """
     x_BTD = model.hidden(tokens_BT, compute=Compute(dtype=model.embedding_VD.dtype.name, remat="none"))
-    T, pad = tokens_BT.shape[1], -tokens_BT.shape[1] % n_chunks
+    return tuple(constrain(x_BT, None, None) for x_BT in logit_chunks(model, x_BTD, targets_BT))
+
+
+def logit_chunks(model: Transformer, x_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each target's log-probability and whether it is the likeliest, from the residual stream, with `LOGIT_TOKENS` logits at a time."""
+    B, T = targets_BT.shape
+    n_chunks = min(T, -(-B * T // LOGIT_TOKENS))
+    pad = -T % n_chunks
 
     def split(a: jax.Array) -> jax.Array:
         # Every n-th token makes a chunk, so that each device of a split sequence has a part in every chunk.
         a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(a.shape[0], -1, n_chunks, *a.shape[2:]), 2, 0)
 
-    def chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x_BCD, targets_BC = inputs
-        logits_BCV = model.logits(x_BCD)
-        ids_V = jnp.arange(logits_BCV.shape[-1])
-        # A sum, not a lookup, which would gather a sharded vocabulary.
-        target_BC1 = jnp.sum(jnp.where(ids_V == targets_BC[..., None], logits_BCV, 0.0), -1, keepdims=True)
-        comes_first_BCV = (logits_BCV > target_BC1) | ((logits_BCV == target_BC1) & (ids_V < targets_BC[..., None]))
-        return target_BC1[..., 0] - jax.nn.logsumexp(logits_BCV, -1), ~jnp.any(comes_first_BCV, -1)
+    chunks = split(x_BTD), split(targets_BT)
+    found = jax.lax.map(lambda chunk: of_target(model.logits(chunk[0]), chunk[1]), chunks)
+    return tuple(jnp.moveaxis(a, 0, 2).reshape(B, -1)[:, :T] for a in found)
 
-    log_probs, is_greedy = jax.lax.map(chunk, (split(x_BTD), split(targets_BT)))
-    joined = (jnp.moveaxis(a, 0, 2).reshape(a.shape[1], -1)[:, :T] for a in (log_probs, is_greedy))
-    return tuple(joined)
+
+def of_target(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The log-probability of a target, and whether it is the likeliest (of equally likely ones the lowest id is).
+
+    Args:
+      logits: (..., V), float32.
+      target: (...), int32.
+    """
+    ids_V = jnp.arange(logits.shape[-1])
+    # A sum, not a lookup, which would gather a sharded vocabulary.
+    of_it = jnp.sum(jnp.where(ids_V == target[..., None], logits, 0.0), -1, keepdims=True)
+    comes_first = (logits > of_it) | ((logits == of_it) & (ids_V < target[..., None]))
+    return of_it[..., 0] - jax.nn.logsumexp(logits, -1), ~jnp.any(comes_first, -1)
 
 
 def score_tokens(model: Transformer, texts: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -82,8 +90,7 @@ def score_tokens(model: Transformer, texts: Sequence[Sequence[int]]) -> list[tup
         tokens_BT = np.zeros((B, T + 1), np.int32)
         for row, i in enumerate(members):
             tokens_BT[row, : len(texts[i])] = texts[i]
-        n_chunks = min(T, -(-B * T // LOGIT_TOKENS))
-        results = jax.device_get(score_batch(model, tokens_BT[:, :-1], tokens_BT[:, 1:], n_chunks))
+        results = jax.device_get(score_batch(model, tokens_BT[:, :-1], tokens_BT[:, 1:]))
         for row, i in enumerate(members):
             scores[i] = tuple(result[row, : len(texts[i]) - 1] for result in results)
     return scores
@@ -104,5 +111,7 @@ def batches(lengths: Sequence[int], context: int) -> Iterator[tuple[list[int], i
 
 
 def rounded_up(n: int, least: int) -> int:
-    """The next power of two, so that few shapes are compiled."""
-    return max(least, 1 << (n - 1).bit_length())
+    """The next of a few sizes, so that few shapes are compiled: powers of two, and from 64 on three sizes between two of them."""
+    power = 1 << (n - 1).bit_length()
+    step = power // 8 if power > 64 else power
+    return max(least, -(-n // step) * step)

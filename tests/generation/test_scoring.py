@@ -139,18 +139,20 @@ def test_few_programs_are_compiled(engine, tokenizer):
     assert score_batch._cache_size() <= before + 4
 
 
-def test_the_logits_of_all_tokens_never_exist(model):
+def test_the_logits_of_all_tokens_never_exist(model, monkeypatch):
     """2048 tokens of a vocabulary of 8000 have 66 MB of float32 logits; the program's temporaries are a fraction."""
     config = replace(model.config, vocab_size=8000, context_length=256)
     tokens_BT = jax.ShapeDtypeStruct((8, 256), jnp.int32)
     model = jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
-    def temporaries(n_chunks: int) -> int:
-        return score_batch.lower(model, tokens_BT, tokens_BT, n_chunks).compile().memory_analysis().temp_size_in_bytes
+    def temporaries(at_once: int) -> int:
+        monkeypatch.setattr(scoring, "LOGIT_TOKENS", at_once)
+        program = jax.jit(lambda *arrays: score_batch.__wrapped__(*arrays)).lower(model, tokens_BT, tokens_BT)
+        return program.compile().memory_analysis().temp_size_in_bytes
 
     whole = 8 * 256 * 8000 * 4
-    assert temporaries(1) > whole
-    assert temporaries(8) < whole / 3
+    assert temporaries(8 * 256) > whole
+    assert temporaries(256) < whole / 3
 
 
 def test_sums_over_stories_are_the_loss(shared):
