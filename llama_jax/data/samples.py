@@ -28,7 +28,7 @@ def read_samples(folder: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / SAMPLES
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); expected the folder of a finished llama-jax reject or distill"

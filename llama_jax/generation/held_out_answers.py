@@ -111,7 +111,7 @@ def row_of(prompt: Prompt, reply: Reply, tokenizer: Tokenizer) -> dict[str, Any]
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
     """The rows that `answer_held_out` wrote."""
-    return [json.loads(line) for line in (folder / ANSWERS).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / ANSWERS).read_text(encoding="utf-8").split("\n") if line]
 
 
 def compare(judges: Judges, versions: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float | None]]:

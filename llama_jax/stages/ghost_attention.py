@@ -288,7 +288,7 @@ def join(parts: Sequence[Path], path: Path) -> None:
     Raises:
       UserError: no dialogue has one.
     """
-    rows = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").split("\n") if line]
     ended = Counter(row["ended"] for row in rows)
     kept = [row for row in rows if row["messages"]]
     answers = sum(message["role"] == "assistant" for row in kept for message in row["messages"])
