@@ -31,3 +31,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED}; set LLAMA_JAX_SHARED to the folder that holds data/")
     return SHARED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_other_modules():
+    """Forgets what was compiled before once it fills a part of the memory: two workers otherwise come to hold most of it."""
+    yield
+    import jax
+
+    if int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2 * 2**30:
+        jax.clear_caches()
