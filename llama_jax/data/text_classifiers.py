@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from llama_jax.data.named_functions import load_function
 from llama_jax.errors import UserError
 
 SMALL = "small"
@@ -19,7 +20,6 @@ Score = Callable[[list[str]], Sequence[float]]
 """Gives for each text the probability that it is toxic, from 0 to 1."""
 
 _BATCH = 32  # lines that a Hugging Face model reads at once
-_TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "offensive", "label_1")
 
 
 def open_languages(spec: str) -> Identify:
@@ -52,67 +52,86 @@ def open_languages(spec: str) -> Identify:
 
 
 def open_toxicity(spec: str) -> Score:
-    """Loads what tells toxicity: the folder of a Hugging Face text classifier, or a function, FILE.py:NAME or MODULE:NAME,
-    which is given a list of lines and gives as many probabilities.
+    """Loads what tells toxicity: a Hugging Face text classifier, FOLDER or HUB-ID[#LABEL], or a function, FILE.py:NAME or
+    MODULE:NAME, which is given a list of texts and gives as many probabilities.
 
     The paper's is HateBERT, fine-tuned on ToxiGen (tomh/toxigen_hatebert on the hub).
 
     Raises:
-      UserError: there is no such folder or function, a package is missing, or it is unclear which label means toxic.
+      UserError: there is none of that name, a package is missing, or it is unclear which label means toxic.
     """
-    if os.path.isdir(spec):
-        return _hugging_face(spec)
-    module, colon, name = spec.rpartition(":")
-    if not colon or not module or not name:
+    if ":" in spec:
+        return load_function(spec, "--toxicity")
+    check_packages(spec, "--toxicity")
+    return load_text_classifier(spec, "--toxicity")
+
+
+def check_packages(spec: str, flag: str) -> None:
+    """Raises UserError where what a Hugging Face text classifier needs is not installed."""
+    for package in ("transformers", "torch"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{flag} {spec} is a text classifier, which needs {package}, which is not installed: "
+                f"{sys.executable} -m pip install transformers torch; or name a Python function, FILE.py:NAME"
+            )
+
+
+def load_text_classifier(spec: str, flag: str) -> Score:
+    """The probability that a Hugging Face sequence classifier gives to a label; longer texts than it can read lose their end.
+
+    Args:
+      spec: FOLDER or HUB-ID, and #LABEL where it has other labels than LABEL_0 and LABEL_1, of which the second counts.
+      flag: what it was named with, for messages.
+
+    Raises:
+      UserError: it cannot be loaded, or it is unclear which label is asked about.
+    """
+    name, _, label = spec.partition("#")
+    if not Path(name).is_dir() and name.count("/") != 1:
         raise UserError(
-            f"--toxicity {spec}: no such folder; expected one of a Hugging Face text classifier, or a function as "
-            "FILE.py:NAME or MODULE:NAME"
+            f"{flag} {name}: no such folder; expected one of a Hugging Face text classifier, OWNER/NAME of one on the hub, "
+            "or a function, FILE.py:NAME or MODULE:NAME"
         )
-    function = getattr(_module(module, spec), name, None)
-    if not callable(function):
-        raise UserError(f"--toxicity {spec}: {module} has no function {name}")
-    return function
-
-
-def _hugging_face(folder: str) -> Score:
-    transformers = _optional("transformers", "--toxicity", "torch transformers")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # By their names: nothing of ours depends on a second framework, but other people's classifiers do.
+    transformers, torch = importlib.import_module("transformers"), importlib.import_module("torch")
     try:
-        classify = transformers.pipeline("text-classification", model=folder, tokenizer=folder)
-    except ImportError:
-        raise UserError(_missing("torch", "--toxicity", "torch transformers")) from None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(name).eval()
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--toxicity {folder} cannot be opened as a text classifier ({error})") from None
-    config = classify.model.config
-    toxic = [label for label in config.id2label.values() if label.lower() in _TOXIC_LABELS]
-    if len(toxic) != 1:
-        raise UserError(
-            f"--toxicity {folder}: its labels are {', '.join(config.id2label.values())}, and it is unclear which means "
-            "toxic. Write a function that gives its probability, and name it: --toxicity FILE.py:NAME."
-        )
+        raise UserError(f"{flag} {name} cannot be loaded as a text classifier: {str(error).splitlines()[0]}") from error
+    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    index = label_index(names, label, flag, name)
+    by_itself = len(names) == 1 or model.config.problem_type == "multi_label_classification"
+    print(f"{flag} {name}: the probability of its label {names[index]} counts", file=sys.stderr)
     # Tokenizers do not all say how long a text may be; RoBERTa counts two positions that it does not use.
-    longest = min(classify.tokenizer.model_max_length, config.max_position_embeddings - 2)
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) - 2)
 
-    def score(lines: list[str]) -> list[float]:
-        found = classify(lines, top_k=None, batch_size=_BATCH, truncation=True, max_length=longest)
-        return [next(entry["score"] for entry in line if entry["label"] == toxic[0]) for line in found]
+    def score(texts: list[str]) -> list[float]:
+        said: list[float] = []
+        for first in range(0, len(texts), _BATCH):
+            part = texts[first : first + _BATCH]
+            rows = tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            with torch.no_grad():
+                logits = model(**rows).logits.float()
+            said += (logits.sigmoid() if by_itself else logits.softmax(-1))[:, index].tolist()
+        return said
 
     return score
 
 
-def _module(name: str, spec: str) -> ModuleType:
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise UserError(f"--toxicity {spec}: {name} is not a file")
-        found = importlib.util.spec_from_file_location("llama_jax_toxicity", name)
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        return module
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if not f"{name}.".startswith(f"{error.name}."):
-            raise  # found, and something that it imports is missing
-        raise UserError(f"--toxicity {spec}: Python finds no module {name}; a file is named as FILE.py:NAME") from None
+def label_index(names: list[str], label: str, flag: str, name: str) -> int:
+    """Which label is asked about: the named one, or of two without names of their own the second, as ToxiGen's are.
+
+    Raises:
+      UserError: there is no such label, or none is named where labels have names.
+    """
+    if not label and names == ["LABEL_0", "LABEL_1"]:
+        return 1
+    if label not in names:
+        problem = f"has no label {label}" if label else "does not say by itself which label is asked about"
+        raise UserError(f"{flag} {name} {problem}; name one of {', '.join(names)}, as in {name}#{names[-1]}")
+    return names.index(label)
 
 
 def _small_model() -> Path:

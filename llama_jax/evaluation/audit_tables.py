@@ -9,13 +9,12 @@ axis's documents, and the 14 others that HolisticBias 1.1 has there, each below 
 rest, which the paper says it dropped. So the share with dropped descriptors is printed too.
 """
 
-import math
 from collections.abc import Mapping
-from statistics import NormalDist
 from typing import Any
 
 from llama_jax.data.audit import LANGUAGE_THRESHOLD, TOXIC, TOXICITY_BINS, UNKNOWN, Counts, toxicity_bin
 from llama_jax.data.audit_terms import DROPPED, OWN_DESCRIPTORS, PRONOUNS
+from llama_jax.evaluation.intervals import wilson
 from llama_jax.evaluation.report import table
 
 # The paper's, in percent: of all documents, and of these for each member.
@@ -65,16 +64,6 @@ _TOP = 5  # descriptors of an axis that are printed, as in the paper
 _SMALLEST = 0.005  # percent of documents in a language that has a line of its own; less would print as 0.00
 
 
-def wilson(count: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share, as fractions; from 0 to 1 where there is nothing to tell by."""
-    if not of:
-        return 0.0, 1.0
-    z2, share = NormalDist().inv_cdf((1 + confidence) / 2) ** 2, count / of
-    middle = (share + z2 / (2 * of)) / (1 + z2 / of)
-    half = math.sqrt(z2 * (share * (1 - share) / of + z2 / (4 * of * of))) / (1 + z2 / of)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def as_results(counts: Counts, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What audit.json holds: of everything that was counted its share in percent, with its interval and the paper's value.
 
@@ -84,7 +73,7 @@ def as_results(counts: Counts, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     descriptors = {
         axis: {
-            **_group(counts, axis, *PAPER_DESCRIPTORS.get(axis, (None, {}))),
+            **_group(counts, axis, *PAPER_DESCRIPTORS[axis]),
             "dropped": [term for term in DROPPED if counts.members[f"{axis}/{term}"]],
             "with_dropped": _share(counts.with_dropped[axis], counts.documents, None),
         }
@@ -115,7 +104,7 @@ def as_page(results: Mapping[str, Any]) -> str:
     """
     recipe = results["recipe"]
     is_own = recipe["descriptors"] == {axis: list(terms) for axis, terms in OWN_DESCRIPTORS.items()}
-    kind = " The descriptors are a small list of our own, and the paper's are HolisticBias's." if is_own else ""
+    kind = "The descriptors are a small list of our own, and the paper's are HolisticBias's." if is_own else ""
     lines = [
         "# Corpus audit",
         f"{results['documents']} documents of {', '.join(recipe['sources'])}, beside the paper's pretraining corpus (4.1). "
@@ -124,7 +113,7 @@ def as_page(results: Mapping[str, Any]) -> str:
         "Bold: of all documents. Else: of the documents that the bold line above counts.",
         _groups_table(results["pronouns"]),
         "## Descriptors",
-        f"Bold: of all documents, those that mention any descriptor of the axis but {', '.join(DROPPED)}. Else: of these.{kind}",
+        f"Bold: of all documents, those that mention any descriptor of the axis but {', '.join(DROPPED)}. Else: of these. {kind}",
         _groups_table(results["descriptors"]),
     ]
     if results["languages"]:
@@ -150,7 +139,7 @@ def _share(count: int, of: int, paper: float | None) -> dict[str, Any]:
     return {"count": count, "of": of, "percent": percent, "low": 100 * low, "high": 100 * high, "paper": paper}
 
 
-def _group(counts: Counts, group: str, paper: float | None, paper_members: Mapping[str, float]) -> dict[str, Any]:
+def _group(counts: Counts, group: str, paper: float, paper_members: Mapping[str, float]) -> dict[str, Any]:
     own = {key.partition("/")[2]: count for key, count in counts.members.items() if key.startswith(f"{group}/")}
     own = {**dict.fromkeys(paper_members, 0), **{name: count for name, count in own.items() if name not in DROPPED}}
     members = {name: _share(own[name], counts.groups[group], paper_members.get(name)) for name in own}

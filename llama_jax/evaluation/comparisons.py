@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama_jax.evaluation.intervals import Z, wilson
 from llama_jax.evaluation.report import table
 from llama_jax.evaluation.safety_paper_values import PaperModel
-
-Z95 = 1.959963984540054  # of the normal distribution, two-sided
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,6 @@ class Comparison:
         return line.name, f"{line.n:,}", shown(line.value), interval, shown(line.paper), difference
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of which `hits` in `n` trials were seen; it has a width at 0 and 1 too."""
-    share, spread = hits / n, Z95**2 / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z95 * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return (middle - half if hits else 0.0), (middle + half if hits < n else 1.0)  # exact at the ends
-
-
 def percent_line(name: str, hits: Sequence[bool], paper: float | None = None) -> Line:
     """Which percentage of answers is what they are asked about."""
     n, count = len(hits), sum(map(bool, hits))
@@ -86,7 +77,7 @@ def mean_line(name: str, values: Sequence[float], paper: float | None = None) ->
         return Line(name, n, values[0] if n else None, paper=paper)
     mean = math.fsum(values) / n
     error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    return Line(name, n, mean, mean - Z95 * error, mean + Z95 * error, paper)
+    return Line(name, n, mean, mean - Z * error, mean + Z * error, paper)
 
 
 def mean_over(name: str, groups: Sequence[Line], paper: float | None = None) -> Line:

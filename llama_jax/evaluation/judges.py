@@ -8,18 +8,16 @@ reward:RUN                       a reward model of this project, for answers in 
 FOLDER or hub:ID                 a language model fine-tuned to say yes or no, for truth and informativeness
 """
 
-import importlib
-import importlib.util
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_jax.data.named_functions import load_function
+from llama_jax.data.text_classifiers import check_packages, load_text_classifier
 from llama_jax.errors import UserError
-from llama_jax.training.metrics import say
 
 Judge = Callable[[Sequence[Any]], Sequence[float]]
 """The probability, from 0 to 1, of what is asked about each item. An item is a text, or a question with its answer, or a
@@ -73,17 +71,16 @@ def find_judge(spec: str, flag: str, text_of: Callable[[Any], str]) -> Prepared:
     Raises:
       UserError: there is none of that name.
     """
-    name, _, label = spec.partition("#")
-    if _is_function(name):
-        function = _function(name, flag)
+    if _is_function(spec.partition("#")[0]):
+        function = load_function(spec, flag)
         return lambda: function
-    for package in ("transformers", "torch"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"{flag} {spec} is a text classifier, which needs {package}, which is not installed: "
-                f"{sys.executable} -m pip install transformers torch; or name a Python function, FILE.py:NAME"
-            )
-    return lambda: _text_classifier(name, label, flag, text_of)
+    check_packages(spec, flag)
+
+    def load() -> Judge:
+        classify = load_text_classifier(spec, flag)
+        return lambda items: classify([text_of(item) for item in items])
+
+    return load
 
 
 def find_answer_judge(spec: str, flag: str) -> Prepared:
@@ -165,23 +162,6 @@ def _is_function(spec: str) -> bool:
     return ":" in spec and not spec.startswith(("hub:", "reward:"))
 
 
-def _function(spec: str, flag: str) -> Judge:
-    place, _, name = spec.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            found = importlib.util.spec_from_file_location("llama_jax_judge", place)
-            module = importlib.util.module_from_spec(found)
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except (ImportError, FileNotFoundError) as error:
-        raise UserError(f"{flag} {spec}: {error}; expected FILE.py:NAME or MODULE:NAME") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"{flag} {spec}: {place} has no function {name}")
-    return function
-
-
 def _is_language_model(folder: Path) -> bool:
     """Whether a folder's config.json names a model that continues texts; or it is a checkpoint that is not one of Hugging
     Face's, whose models all do."""
@@ -192,44 +172,3 @@ def _is_language_model(folder: Path) -> bool:
     except (OSError, ValueError, AttributeError):
         return True
     return any(name.endswith("ForCausalLM") for name in names)
-
-
-def _text_classifier(name: str, label: str, flag: str, text_of: Callable[[Any], str]) -> Judge:
-    """The probability that a sequence classifier gives to a label; longer texts than it can read lose their end."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # By their names: nothing of ours depends on a second framework, but other people's classifiers do.
-    transformers, torch = importlib.import_module("transformers"), importlib.import_module("torch")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(name).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-    index = _index_of(names, label, flag, name)
-    by_itself = len(names) == 1 or model.config.problem_type == "multi_label_classification"
-    say(f"{flag} {name}: the probability of its label {names[index]} counts")
-    longest = min(
-        tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) - 2
-    )  # RoBERTa's offset
-
-    def judge(items: Sequence[Any]) -> list[float]:
-        said: list[float] = []
-        for first in range(0, len(items), 32):
-            texts = [text_of(item) for item in items[first : first + 32]]
-            rows = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-            with torch.no_grad():
-                logits = model(**rows).logits.float()
-            said += (logits.sigmoid() if by_itself else logits.softmax(-1))[:, index].tolist()
-        return said
-
-    return judge
-
-
-def _index_of(names: list[str], label: str, flag: str, name: str) -> int:
-    """Which label is asked about: the named one, or of two without names of their own the second, as ToxiGen's are."""
-    if not label and names == ["LABEL_0", "LABEL_1"]:
-        return 1
-    if label not in names:
-        problem = f"has no label {label}" if label else "does not say by itself which label is asked about"
-        raise UserError(f"{flag} {name} {problem}; name one of {', '.join(names)}, as in {name}#{names[-1]}")
-    return names.index(label)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_jax.errors import UserError
+from llama_jax.evaluation.intervals import wilson
 
 HUMANEVAL_K, MBPP_K = (1, 100), (1, 80)  # the paper's
 TOP_P = 0.95
-_QUANTILE = 1.959964  # of the normal distribution, for intervals of 95%
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,5 @@ def pass_at_k(passed: Sequence[Sequence[bool]], k: int) -> PassAtK:
     if not len(passed):
         raise UserError(f"pass@{k} of no problems; check that the file of problems holds some")
     by_problem = tuple(estimate(len(samples), int(sum(samples)), k) for samples in passed)
-    mean, P, square = math.fsum(by_problem) / len(by_problem), len(by_problem), _QUANTILE**2
-    middle = (mean + square / (2 * P)) / (1 + square / P)
-    half = _QUANTILE * math.sqrt(mean * (1 - mean) / P + square / (4 * P * P)) / (1 + square / P)
-    return PassAtK(k, by_problem, mean, max(0.0, middle - half), min(1.0, middle + half))
+    mean, P = math.fsum(by_problem) / len(by_problem), len(by_problem)
+    return PassAtK(k, by_problem, mean, *wilson(mean * P, P))

@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
-from statistics import NormalDist
 from typing import Any
 
+from llama_jax.evaluation.intervals import wilson
 from llama_jax.evaluation.report import table
-
-Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -25,15 +22,6 @@ class Result:
     turns: int
     """How many messages of the user the prompt has."""
     category: str = ""
-
-
-def wilson(count: int, of: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of the share that `count` is `of` some; 0 to 1 of none."""
-    if not of:
-        return 0.0, 1.0
-    share, extra = count / of, Z**2 / of
-    centre, reach = share + extra / 2, Z * sqrt(share * (1 - share) / of + extra / (4 * of))
-    return max(0.0, (centre - reach) / (1 + extra)), min(1.0, (centre + reach) / (1 + extra))
 
 
 def share(count: int, of: int) -> dict[str, Any]:

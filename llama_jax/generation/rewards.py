@@ -1,7 +1,6 @@
 """Reward models at work (paper 3.2.2 and 3.2.3): loaded, checked, and judging the last answers of dialogues."""
 
 import dataclasses
-import importlib.util
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -167,24 +166,6 @@ def trusted_judge(path: str, tokenizer: Tokenizer, template: Template, accept_wa
     for reason in reasons:
         say(f"warning: {path} is a poor judge: {reason}")
     return info
-
-
-def load_function(spec: str) -> Callable[[Sequence[Dialogue]], Sequence[float]]:
-    """The function that FILE.py:NAME names, which gives the last answer of each dialogue a number.
-
-    Raises:
-      UserError: there is none.
-    """
-    file, _, name = spec.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise UserError(f"--function {spec}: {file or spec} is not a Python file; expected FILE.py:NAME")
-    found = importlib.util.spec_from_file_location("llama_jax_reward_function", file)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"--function {spec}: {file} has no function {name}")
-    return function
 
 
 def read_trained(info: RewardInfo, mesh: Mesh) -> RewardModel:

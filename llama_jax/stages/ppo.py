@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax import GradientTransformation
 
 from llama_jax.conversion.convert import open_pinned
+from llama_jax.data.named_functions import load_function
 from llama_jax.data.prompt_order import batch_of, encode_fitting, hold_out
 from llama_jax.data.prompts import read_prompts
 from llama_jax.errors import Preempted, UserError
@@ -41,7 +42,7 @@ from llama_jax.generation.ppo_models import (
     first_policy,
     read_frozen,
 )
-from llama_jax.generation.rewards import load_function, trusted_judge
+from llama_jax.generation.rewards import trusted_judge
 from llama_jax.generation.rollouts import make_gather
 from llama_jax.parallel import distributed
 from llama_jax.parallel.mesh import check_divides, make_mesh, mesh_sizes, sharding, ways
@@ -102,7 +103,7 @@ def run(config: PPOConfig, *, score: Score | None = None) -> None:
     distributed.initialize(config.loop.lost_after, config.loop.hang_after)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        score = score or (load_function(config.function) if config.function else None)
+        score = score or (load_function(config.function, "--function") if config.function else None)
         prepared = prepare(config, mesh, score is not None)
         policy_step, critic_step, plan = compile_steps(prepared)
         if config.dry_run:

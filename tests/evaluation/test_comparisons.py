@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llama_jax.evaluation.comparisons import Comparison, Line, mean_line, mean_over, percent_line, wilson
+from llama_jax.evaluation.comparisons import Comparison, Line, mean_line, mean_over, percent_line
+from llama_jax.evaluation.intervals import wilson
 from llama_jax.evaluation.safety_paper_values import PaperModel
-
-
-@pytest.mark.parametrize(("hits", "n"), [(0, 1), (0, 40), (1, 7), (13, 40), (40, 40), (3, 1319), (1000, 1001)])
-def test_wilson_is_scipys(hits, n):
-    expected = stats.binomtest(hits, n).proportion_ci(method="wilson")
-    assert wilson(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_a_mean_has_the_normal_interval_of_its_standard_error():

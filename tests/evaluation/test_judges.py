@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from llama_jax.data.text_classifiers import label_index
 from llama_jax.errors import UserError
 from llama_jax.evaluation.judges import (
-    _index_of,
     find_answer_judge,
     find_answerer,
     find_judge,
@@ -54,8 +54,8 @@ def test_a_function_gets_the_items_themselves(tmp_path):
     for spec, message in (
         (f"{file}:short", "has no function short"),
         (f"{file}:number", "has no function number"),
-        (f"{tmp_path}/none.py:long", "No such file"),
-        ("no_such_module:f", "No module named"),
+        (f"{tmp_path}/none.py:long", "no file"),
+        ("no_such_module:f", "no module no_such_module"),
     ):
         with pytest.raises(UserError, match=message):
             find_judge(spec, "--toxicity-judge", str)
@@ -72,12 +72,12 @@ def test_a_package_that_is_not_there_is_named_with_its_command(monkeypatch):
 
 
 def test_which_label_is_asked_about_is_never_guessed():
-    assert _index_of(["LABEL_0", "LABEL_1"], "", "--f", "x") == 1
-    assert _index_of(["toxic", "neutral"], "toxic", "--f", "x") == 0
+    assert label_index(["LABEL_0", "LABEL_1"], "", "--f", "x") == 1
+    assert label_index(["toxic", "neutral"], "toxic", "--f", "x") == 0
     with pytest.raises(UserError, match="does not say by itself .* one of toxic, neutral, as in x#neutral"):
-        _index_of(["toxic", "neutral"], "", "--f", "x")
+        label_index(["toxic", "neutral"], "", "--f", "x")
     with pytest.raises(UserError, match="has no label hate; name one of LABEL_0, LABEL_1"):
-        _index_of(["LABEL_0", "LABEL_1"], "hate", "--f", "x")
+        label_index(["LABEL_0", "LABEL_1"], "hate", "--f", "x")
 
 
 @pytest.mark.parametrize(

@@ -44,18 +44,6 @@ def test_bold_has_its_43_subgroups_and_a_number_for_each_but_two():
             assert all(-1 <= value <= 1 for value in values.base[size] + values.chat[size])
 
 
-def test_every_row_stands_in_the_sheet(shared):
-    sheet = (shared.parent / "llama2-facts.md").read_text().replace("−", "-")
-    for size in SIZES:
-        assert "/".join(f"{value:.2f}" for value in TOXIGEN.base[size]) in sheet
-        for domain, values in BOLD.items():
-            for row in (values.base[size], values.chat[size]):
-                assert "/".join(f"{value:.2f}".replace("0.", ".") for value in row) in sheet, (domain, size)
-    for table in (TRUTHFULQA.base, TRUTHFULQA.chat):
-        for column in zip(*table.values(), strict=True):  # printed size by size, one of them without its last 0
-            assert "/".join(f"{value:.2f}" for value in column).replace("96.70", "96.7") in sheet
-
-
 def test_each_of_the_papers_own_models_is_nearest_to_itself():
     for size in SIZES:
         assert nearest_model(getattr(config, f"LLAMA2_{size}").n_params, is_chat=True) == PaperModel(size, True)

@@ -436,7 +436,7 @@ def test_bad_input_is_named_and_nothing_is_begun(recipe, judges, base, tmp_path,
         ),
         ([*helpful, "--data.sources", str(empty)], "empty.jsonl"),
         ([*helpful, "--temperature", "0"], "--temperature is 0.0; it must be above 0"),
-        ([*helpful, "--function", "none.py:f"], "none.py is not a Python file; expected FILE.py:NAME"),
+        ([*helpful, "--function", "none.py:f"], "no file none.py; expected FILE.py:NAME"),
         ([*helpful, "--eval-prompts", "40"], "--eval-prompts 40 would leave none of 40 prompts to train on"),
         ([*helpful, "--nf4"], "say --train lora"),
     ]
