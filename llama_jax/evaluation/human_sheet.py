@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import UserError
-from llama_jax.evaluation.answers import Answers
+from llama_jax.evaluation.answer_files import Answers
 from llama_jax.training.run_folder import write_whole
 
 KEY, SHEETS = "key.json", "sheets"

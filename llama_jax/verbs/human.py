@@ -46,7 +46,7 @@ def _sheet(answers: AnswerFiles, /, *, out: str, safety: bool = False, raters: i
       raters: How many people rate everything.
       seed: Of sides and orders.
     """
-    from llama_jax.evaluation.answers import read_answers
+    from llama_jax.evaluation.answer_files import read_answers
     from llama_jax.evaluation.human_sheet import HELPFULNESS, SAFETY, write_sheets
 
     _check_some(answers)
@@ -103,7 +103,7 @@ def _judge(
       mesh: Devices for it to lie on, such as auto or tensor=4; one if not given.
       as_json: Print JSON.
     """
-    from llama_jax.evaluation.judge import JudgeConfig, judge_answers, judge_sections, llama_judge
+    from llama_jax.evaluation.pairwise_judge import JudgeConfig, judge_answers, judge_sections, llama_judge
 
     def load():
         from llama_jax.generation.llama import Llama

@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from llama_jax import cli
 from llama_jax.errors import UserError
 from llama_jax.evaluation.agreement import gwet
-from llama_jax.evaluation.answers import read_answers
+from llama_jax.evaluation.answer_files import read_answers
 from llama_jax.evaluation.human_sheet import HELPFULNESS, SAFETY, page, write_sheets
 from llama_jax.evaluation.human_tally import read_key, read_ratings, tally, tally_sections
 

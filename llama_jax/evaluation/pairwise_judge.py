@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from llama_jax.errors import UserError
-from llama_jax.evaluation.answers import Answers, read_answers
+from llama_jax.evaluation.answer_files import Answers, read_answers
 from llama_jax.evaluation.bradley_terry import rate
 from llama_jax.evaluation.human_tally import elo_table
 from llama_jax.evaluation.report import table

@@ -7,8 +7,8 @@ import pytest
 
 from llama_jax import cli
 from llama_jax.errors import UserError
-from llama_jax.evaluation.answers import read_answers
-from llama_jax.evaluation.judge import (
+from llama_jax.evaluation.answer_files import read_answers
+from llama_jax.evaluation.pairwise_judge import (
     JudgeConfig,
     Question,
     judge_answers,
@@ -174,7 +174,7 @@ def test_a_chat_model_has_no_verdict_on_what_it_cannot_be_asked():
 
 
 def _asked(question: Question) -> str:
-    from llama_jax.evaluation.judge import judge_prompt
+    from llama_jax.evaluation.pairwise_judge import judge_prompt
 
     return judge_prompt(question)
 
