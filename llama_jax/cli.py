@@ -34,6 +34,7 @@ VERBS = {
     "rlhf": ("rlhf", "versions of a chat model: rejection sampling, again and again, then PPO on top"),
     "generate": ("generation", "continue a text with a trained model"),
     "chat": ("generation", "talk with a fine-tuned model, in the terminal or on a pipe"),
+    "eval": ("evaluation", "ask a model the paper's benchmarks, and set its scores beside the paper's"),
     "compare": ("human", "compare models by people or a model: pages to rate on, win rates, agreement"),
     "convert": ("weights", "weights between Hugging Face, Meta, llama2.c and our own form, exactly"),
     "verify": ("weights", "whether two checkpoints of any form are the same model"),

@@ -1,5 +1,6 @@
 """README and guides tell the truth: their bash and Python blocks run as they stand, and what they name exists."""
 
+import json
 import os
 import re
 import subprocess
@@ -17,7 +18,8 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 README, FINETUNING, RLHF, TPU = "README.md", "docs/finetuning.md", "docs/rlhf.md", "docs/tpu.md"
-DOCUMENTS = (README, FINETUNING, RLHF, TPU)
+EVALUATION = "docs/evaluation.md"
+DOCUMENTS = (README, FINETUNING, RLHF, TPU, EVALUATION)
 RECIPES = ("domain_qa", "style", "classification", "summarisation", "code")
 
 
@@ -76,6 +78,20 @@ def test_the_blocks_on_preferences_run_and_what_they_leave_is_there(tmp_path):
     for name in ("helpful", "best", "ppo", "dpo", "distilled"):
         assert (tmp_path / "runs" / name / "report.md").stat().st_size > 500, name
     assert len([one for one in read_metrics(tmp_path / "runs" / "ppo") if "reward/mean" in one]) == 2
+
+
+def test_the_blocks_on_evaluation_run_and_find_what_the_corpus_held(tmp_path):
+    write_tiny_checkpoint(tmp_path / "tiny" / "hf", [textbook(0, number) for number in range(40)], vocab_size=500)
+    run_blocks(EVALUATION, tmp_path, MODEL="tiny/hf")
+    results = json.loads((tmp_path / "runs/animals/results.json").read_text())
+    first = results["tasks"][0]
+    assert (first["task"], first["shots"], first["n"]) == ("animals", 1, 2)
+    seen = [json.loads(line) for line in (tmp_path / "runs/seen/samples.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in seen] == ["animals-0", "animals-1"]
+    flies, swims = (row["shares"][0] for row in seen)
+    assert flies == 1 and swims < 1  # the corpus holds the first, whose beginning the second shares
+    assert len(list((tmp_path / "study/sheets").glob("*.html"))) == 2
+    assert "animals" in (tmp_path / "reports/animals/report.html").read_text()
 
 
 def test_there_are_bash_blocks_for_the_first_steps():

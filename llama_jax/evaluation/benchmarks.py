@@ -26,7 +26,7 @@ class Benchmark:
     columns: tuple[str, ...]
     """What a document needs, as the public data set has it."""
     lm_eval_task: str | None
-    """A task or group of lm-eval; None where it has none."""
+    """A task or group of lm-eval; None where it has none, or where ours is used."""
     lm_eval_metric: str | None
     """The key of lm-eval's results: metric, comma, filter."""
     differs: str = ""
@@ -62,7 +62,6 @@ SIQA = ("context", "question", "answerA", "answerB", "answerC", "label")
 HELLASWAG = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 
 # Where lm-eval's tasks are otherwise.
-GREEDY = "greedy; the paper samples at temperature 0.1 and top-p 0.95"
 BEHIND_ANSWER = "Llama 1's paper divides by the likelihood of a choice behind 'Answer:' alone"
 LENGTH = "Llama 1's paper divides by the length of a choice"
 REASONED = "letters are scored; Meta's notes have examples that reason"
@@ -86,8 +85,9 @@ def _agieval(task: str, title: str, questions: int) -> Benchmark:
 
 
 SUITE = (
-    Benchmark("humaneval", "HumanEval", "code", 0, "pass@1", HUMANEVAL, "humaneval", "pass@1,create_test", GREEDY),
-    Benchmark("mbpp", "MBPP", "code", 3, "pass@1", MBPP, "mbpp", "pass_at_1,none", GREEDY),
+    # Drawn and run by ours (`code_benchmarks`).
+    Benchmark("humaneval", "HumanEval", "code", 0, "pass@1", HUMANEVAL, None, None),
+    Benchmark("mbpp", "MBPP", "code", 3, "pass@1", MBPP, None, None),
     # Likelihoods of choices are divided by their length (acc_norm) where lm-eval does so, as in Llama 1's paper.
     Benchmark("piqa", "PIQA", "commonsense", 0, "acc", PIQA, "piqa", "acc_norm,none"),
     Benchmark("siqa", "SIQA", "commonsense", 0, "acc", SIQA, "social_iqa", "acc,none", LENGTH),

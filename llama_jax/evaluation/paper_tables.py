@@ -6,6 +6,7 @@ docs/paper.md says the same of every table and figure, and why some are not made
 from collections.abc import Mapping
 
 from llama_jax.errors import UserError
+from llama_jax.evaluation.audit_tables import PAPER_DESCRIPTORS, PAPER_LANGUAGES, PAPER_PRONOUNS
 from llama_jax.evaluation.benchmarks import SUITE, group_average
 from llama_jax.evaluation.paper_scores import (
     CLOSED_MODELS,
@@ -20,6 +21,15 @@ from llama_jax.evaluation.paper_scores import (
 )
 from llama_jax.evaluation.paper_studies import STRENGTHS, TABLES, Cell, PrintedTable
 from llama_jax.evaluation.report import table
+from llama_jax.evaluation.safety_paper_values import (
+    BOLD,
+    BOLD_GROUPS,
+    TOXIGEN,
+    TOXIGEN_GROUPS,
+    TRUTHFULQA,
+    ByModel,
+    PaperModel,
+)
 
 LAST_TABLE = 52
 
@@ -43,19 +53,20 @@ COMMANDS = {
     10: AUDIT,
     11: SAFETY,
     14: SAFETY,
-    15: BENCHMARKS,
+    15: "llama-jax eval CHECKPOINT --suite chat",
     16: CONTEXT,
     17: CONTEXT,
     18: "python -m experiments.gqa_ablation --source SOURCE",
     **dict.fromkeys(range(19, 26), BENCHMARKS),
+    21: f"{BENCHMARKS} --run-code",
     26: REWARD,
     27: MARGIN,
     28: MARGIN,
     29: f"{REWARD} --safety-weight 1",
     30: "python -m experiments.ghost_attention",
     **dict.fromkeys(range(44, 51), SAFETY),
-    51: "llama-jax contamination",
-    52: "llama-jax report RUN",
+    51: "llama-jax contamination SAMPLES.jsonl",
+    52: "llama-jax report RUN --model-card",
 }
 
 # Tables of scores by size: title, benchmarks, and the group whose average stands in the last column.
@@ -67,6 +78,17 @@ SCORE_TABLES: dict[int, tuple[str, tuple[str, ...], str | None]] = {
     23: ("Reading comprehension", ("squad", "quac"), None),
     24: ("AGI Eval, English", tuple(one.name for one in SUITE if one.group == "agieval"), "agieval"),
     25: ("Math", ("gsm8k", "math"), None),
+}
+
+
+# Tables of safety benchmarks by model: title, columns, values.
+SAFETY_TABLES: dict[int, tuple[str, tuple[str, ...], ByModel]] = {
+    44: ("TruthfulQA, % of answers", ("true and informative", "true", "informative"), TRUTHFULQA),
+    45: ("ToxiGen, % of toxic continuations", tuple(TOXIGEN_GROUPS.values()), TOXIGEN),
+    **{
+        number: (f"BOLD, {domain}: mean sentiment", BOLD_GROUPS[domain], BOLD[domain])
+        for number, domain in zip((46, 47, 48, 49, 50), ("race", *(key for key in BOLD if key != "race")), strict=True)
+    },
 }
 
 
@@ -102,6 +124,10 @@ def _printed(number: int, measured: Mapping[Measure, float] | None, name: str) -
         return _margins()
     if number == 30:
         return _turns()
+    if number in SAFETY_TABLES:
+        return _safety(number)
+    if number in (9, 10):
+        return _corpus(number)
     return _scores(number, measured, name) if number in SCORE_TABLES else TABLES.get(number)
 
 
@@ -138,6 +164,25 @@ def _column(measure: Measure) -> str:
     (title,) = (one.title for one in SUITE if one.name == measure.benchmark)
     shots = "3-5" if measure.benchmark.startswith("agieval") else measure.shots
     return f"{title} ({shots}-shot, {measure.metric})"
+
+
+def _safety(number: int) -> PrintedTable:
+    title, columns, values = SAFETY_TABLES[number]
+    models = [PaperModel(size, is_chat) for is_chat in (False, True) for size in SIZES]
+    rows = tuple((f"Llama 2 {model}", *values.of(model)) for model in models)
+    return PrintedTable(title, ("model", *columns), rows)
+
+
+def _corpus(number: int) -> PrintedTable:
+    if number == 10:
+        rows = tuple(PAPER_LANGUAGES.items())
+        return PrintedTable("Languages of the corpus", ("language", "% of documents"), rows)
+    rows = []
+    for group, (whole, members) in {**PAPER_PRONOUNS, **PAPER_DESCRIPTORS}.items():
+        rows.append((group.replace("_", " "), whole))
+        rows += [(f"- {member}", share) for member, share in members.items()]
+    notes = ("A member's share is of the documents that its group counts.",)
+    return PrintedTable("Pronouns and descriptors in the corpus", ("group", "% of documents"), tuple(rows), notes)
 
 
 def _margins() -> PrintedTable:

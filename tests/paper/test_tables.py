@@ -274,10 +274,14 @@ def test_tables_of_tasks_as_text_keep_shots_apart():
 def test_tables_whose_numbers_the_code_has_elsewhere():
     assert cells(table_as_text(27))[2:] == [["small", "1", "0.667", "0.333", "0"], ["large", "3", "2", "1", "0"]]
     assert cells(table_as_text(30))[3] == ["4", "10%", "100%"]
+    assert cells(table_as_text(44))[-1] == ["Llama 2 70B chat", "64.14", "67.07", "97.06"]
+    header, _, *rows = cells(table_as_text(47))
+    assert header[1:] == ["American_actors", "American_actresses"] and rows[0][1:] == ["0.29", "0.42"]
+    assert ["- she", "28.45"] in cells(table_as_text(9)) and ["en", "89.7"] in cells(table_as_text(10))
 
 
 def test_any_table_can_be_asked_for_and_names_its_command():
-    with_numbers = {*range(1, 5), *range(6, 9), *range(15, 31), 32}
+    with_numbers = {*range(1, 5), *range(6, 11), *range(15, 31), 32, *range(44, 51)}
     for number in range(1, LAST_TABLE + 1):
         text = table_as_text(number)
         assert bool(cells(text)) == (number in with_numbers), number

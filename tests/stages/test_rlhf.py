@@ -167,7 +167,16 @@ class Stages:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """What each file holds; of config.json without when the run was started, which is noted every time."""
+
+    def content(path: Path) -> bytes:
+        if path.name != "config.json":
+            return path.read_bytes()
+        return json.dumps(
+            {key: value for key, value in json.loads(path.read_bytes()).items() if key != "starts"}
+        ).encode()
+
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_each_version_is_given_the_newest_model_and_judges_and_what_is_known_by_then(config, sources, base):

@@ -1,0 +1,362 @@
+"""Benchmarks in files: jsonl in the shapes that benchmarks are published in, and MMLU's csv, as tasks for lm-eval.
+
+A row is recognised by its columns. Without a file of examples, the first rows are the examples and are not asked: an example
+that is asked would hold its own answer.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_jax.errors import UserError
+
+LETTERS = "ABCDEFGHIJ"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One way to write a question down."""
+
+    columns: tuple[str, ...]
+    """That a row has, whatever else it has."""
+    to_row: Callable[[Row], Row]
+    """Gives the row as lm-eval shall see it: of a choice query, choices and gold; of an answer query, answers and target."""
+    kind: str
+    """choice, beginnings, answer, number, boxed, last word or text."""
+    mark: str = ""
+    """What the answer's text holds besides."""
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row has its columns."""
+        return all(column in row for column in self.columns) and self.mark in str(row.get("answer", ""))
+
+
+def _choice(row: Row) -> Row:
+    return {"query": row["query"], "choices": row["choices"], "gold": int(row["gold"])}
+
+
+def _truthful(row: Row) -> Row:
+    texts, marks = zip(*row["mc1_targets"].items(), strict=True)
+    return {"query": f"Q: {row['question']}\nA:", "choices": list(texts), "gold": marks.index(1)}
+
+
+def _lettered(row: Row) -> Row:
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
+    letters = list(LETTERS[: len(row["choices"])])
+    gold = row["answer"] if isinstance(row["answer"], int) else letters.index(row["answer"])
+    return {"query": f"{row['question'].strip()}\n{listed}\nAnswer:", "choices": letters, "gold": gold}
+
+
+def _beginnings(row: Row) -> Row:
+    return {"beginnings": row["context_options"], "ending": " " + row["continuation"], "gold": int(row["gold"])}
+
+
+def _aliased(row: Row) -> Row:
+    return {"query": row["context"], "answers": [row["answer"], *row["aliases"]], "target": row["answer"]}
+
+
+def _question(row: Row) -> Row:
+    answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    return {"query": f"Q: {row['question']}\nA:", "answers": answers, "target": answers[0]}
+
+
+def _reasoned(row: Row) -> Row:
+    steps, number = row["answer"].rsplit("####", 1)
+    steps, number = re.sub(r"<<.*?>>", "", steps).strip(), number.strip()
+    return {
+        "query": f"Q: {row['question']}\nA:",
+        "answers": [number],
+        "target": f"{' '.join(steps.split())} The answer is {number}.",
+    }
+
+
+def _mathematics(row: Row) -> Row:
+    return {
+        "query": f"Problem:\n{row['context']}\n\nSolution:",
+        "answers": [row["answer"]],
+        "target": row["chain_of_thought"],
+    }
+
+
+def _word_problem(row: Row) -> Row:
+    number = f"{float(row['Answer']):g}"
+    return {
+        "query": f"Q: {row['Body']} {row['Question']}\nA:",
+        "answers": [number],
+        "target": f"The answer is {number}.",
+    }
+
+
+def _target(row: Row) -> Row:
+    return {"query": f"Q: {row['input']}\nA:", "answers": [row["target"]], "target": row["target"]}
+
+
+def _last_word(row: Row) -> Row:
+    return {"query": row["context"], "ending": " " + row["continuation"]}
+
+
+def _text(row: Row) -> Row:
+    return {"text": row["text"]}
+
+
+# The first whose columns a row has is taken, so those with more columns stand before those with fewer.
+SHAPES = (
+    Shape(("query", "choices", "gold"), _choice, "choice"),
+    Shape(("question", "mc1_targets"), _truthful, "choice"),
+    Shape(("question", "choices", "answer"), _lettered, "choice"),
+    Shape(("context_options", "continuation", "gold"), _beginnings, "beginnings"),
+    Shape(("context", "answer", "chain_of_thought"), _mathematics, "boxed"),
+    Shape(("context", "answer", "aliases"), _aliased, "answer"),
+    Shape(("Body", "Question", "Answer"), _word_problem, "number"),
+    Shape(("question", "answer"), _reasoned, "number", "####"),
+    Shape(("question", "answer"), _question, "answer"),
+    Shape(("input", "target"), _target, "answer"),
+    Shape(("context", "continuation"), _last_word, "last word"),
+    Shape(("text",), _text, "text"),
+)
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """A benchmark in files: what is asked and what the examples are taken from, as the files have it."""
+
+    path: str
+    asked: list[Row]
+    shown: list[Row]
+    is_split: bool
+    """Whether the examples are the first rows of the asked file, held out."""
+
+    def whole(self) -> "LocalRows":
+        """With nothing held out, for a task that brings examples of its own."""
+        return LocalRows(self.path, self.shown + self.asked if self.is_split else self.asked, [], False)
+
+
+def read_local(name: str, path: str, examples: str | None, shots: int) -> LocalRows:
+    """Reads a benchmark.
+
+    Args:
+      name: of the benchmark.
+      path: the file that is asked.
+      examples: the file that examples are taken from; the asked file's first rows if none.
+      shots: examples before each question.
+
+    Raises:
+      UserError: a file is missing or empty, or has too few rows for the examples.
+    """
+    asked = read_rows(path)
+    shown = read_rows(examples) if examples is not None else asked[:shots]
+    asked = asked if examples is not None else asked[shots:]
+    if len(shown) < shots or not asked:
+        raise UserError(
+            f"{examples or path} has {len(shown)} rows for {shots} examples and {path} {len(asked)} to ask; "
+            f"give fewer --shots, or a file of examples: --files {name}={path}:EXAMPLES"
+        )
+    return LocalRows(path, asked, shown, examples is None and shots > 0)
+
+
+def published_task(rows: LocalRows, name: str, yaml_path: Path, folder: Path) -> Path:
+    """A task of lm-eval that reads these rows instead of the hub's, as a YAML file; rows have the hub's columns.
+
+    Args:
+      rows: of the benchmark.
+      name: of the new task.
+      yaml_path: the task's own definition.
+      folder: where the file, and the rows beside it, are written.
+    """
+    files = {}
+    for split, of_split in (("asked", rows.asked), ("examples", rows.shown)):
+        files[split] = str(folder / f"{name}.{split}.jsonl")
+        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in of_split or rows.asked[:1]))
+    config = {
+        "include": str(yaml_path),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+        "training_split": "examples",
+        "validation_split": None,
+        "test_split": "asked",
+        "fewshot_split": "examples",
+    }
+    written = folder / f"{name}.yaml"
+    written.write_text(json.dumps(config))  # which is YAML too
+    return written
+
+
+def shaped_task(rows: LocalRows, name: str, shots: int) -> dict[str, Any]:
+    """Rows of one of the `SHAPES` as the config of a task of lm-eval.
+
+    Raises:
+      UserError: a row is of no shape, or of another than the first.
+    """
+    shape = shape_of(rows.asked[0], rows.path)
+    asked, shown = (
+        [_converted(shape, row, rows.path, number) for number, row in enumerate(part, 1)]
+        for part in (rows.asked, rows.shown)
+    )
+    return task_of(name, shape.kind, asked, shown, shots)
+
+
+def task_of(name: str, kind: str, asked: list[Row], shown: list[Row], shots: int) -> dict[str, Any]:
+    """The config of a task of lm-eval over rows of a kind; see `Shape`."""
+    config: dict[str, Any] = {
+        "task": name,
+        "custom_dataset": lambda **_: {"asked": as_dataset(asked), "examples": as_dataset(shown)},
+        "test_split": "asked",
+        "num_fewshot": shots,
+        "metadata": {"version": 1},
+    }
+    if shots:
+        config |= {"fewshot_split": "examples", "fewshot_config": {"sampler": "first_n"}}
+    return config | _KINDS[kind]
+
+
+def read_rows(path: str) -> list[Row]:
+    """The rows of a jsonl or json file, or of MMLU's csv (question, four choices, letter; no header).
+
+    Raises:
+      UserError: there is no such file, or it is not of these kinds, or empty.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"no file {path}; expected a benchmark as .jsonl, .json or .csv: --files NAME=FILE")
+    try:
+        if file.suffix == ".csv":
+            with file.open(newline="") as opened:
+                lines = list(csv.reader(opened))
+            rows = [{"question": line[0], "choices": line[1:-1], "answer": line[-1]} for line in lines]
+        elif file.suffix == ".json":
+            rows = json.loads(file.read_text())
+        else:
+            rows = [json.loads(line) for line in file.read_text().split("\n") if line.strip()]
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path} cannot be read as {file.suffix or 'jsonl'} ({error})") from None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} holds no rows; expected one JSON object a line")
+    return rows
+
+
+def shape_of(row: Row, path: str) -> Shape:
+    """The shape of a file's rows, by the columns of the first.
+
+    Raises:
+      UserError: no shape has such columns.
+    """
+    for shape in SHAPES:
+        if shape.fits(row):
+            return shape
+    known = "; ".join(", ".join(shape.columns) for shape in SHAPES)
+    raise UserError(f"{path} has the columns {', '.join(row)}; expected those of one of these: {known}")
+
+
+def as_dataset(rows: Sequence[Row]) -> Any:
+    """Rows as lm-eval reads them."""
+    import datasets
+
+    return datasets.Dataset.from_list(list(rows))
+
+
+def _converted(shape: Shape, row: Row, path: str, number: int) -> Row:
+    if missing := [column for column in shape.columns if column not in row]:
+        raise UserError(f"row {number} of {path} has no {', '.join(missing)}; its rows began with them")
+    try:
+        return shape.to_row(row)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise UserError(f"row {number} of {path} is not as its columns promise ({error})") from None
+
+
+def _acc(*more: str) -> list[dict[str, Any]]:
+    return [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", *more)]
+
+
+def _squashed(text: str) -> str:
+    """An answer as SQuAD's metric compares it: without case, punctuation, articles and doubled spaces."""
+    text = "".join(character for character in text.lower() if character not in PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+
+def _one_of(doc: Row, results: list[str]) -> dict[str, float]:
+    """Exact match with any of the answers."""
+    return {"exact_match": float(_squashed(results[0]) in map(_squashed, doc["answers"]))}
+
+
+def _number_is(doc: Row, results: list[str]) -> dict[str, float]:
+    """The last number that was written is the answer."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", results[0])
+    given, wanted = (text.replace(",", "") for text in (found[-1] if found else "", doc["answers"][0]))
+    return {"exact_match": float(bool(given) and float(given) == float(wanted))}
+
+
+def _boxed_is(doc: Row, results: list[str]) -> dict[str, float]:
+    """What stands in the last box, or behind the last "answer is", is the answer, spaces aside."""
+    found = boxed(results[0]) or (re.findall(r"answer is:?\s*(.+?)(?:\.\s|\.?$)", results[0]) or [""])[-1]
+    given, wanted = ("".join(text.replace("$", "").split()) for text in (found, doc["answers"][0]))
+    return {"exact_match": float(given == wanted)}
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...} in a text; None where there is none."""
+    start = text.rfind("\\boxed{")
+    depth, begin = 1, start + len("\\boxed{")
+    for end in range(begin, len(text) if start >= 0 else 0):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[begin:end]
+    return None
+
+
+def _answers_with(process: Callable, stops: list[str], tokens: int) -> dict[str, Any]:
+    return {
+        "output_type": "generate_until",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{target}}",
+        "generation_kwargs": {"until": stops, "max_gen_toks": tokens, "do_sample": False},
+        "process_results": process,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+_KINDS: dict[str, dict[str, Any]] = {
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": lambda doc: doc["choices"],
+        "doc_to_target": lambda doc: doc["gold"],
+        "metric_list": _acc("acc_norm"),
+    },
+    "beginnings": {
+        "output_type": "multiple_choice",
+        "doc_to_text": lambda doc: doc["gold"],
+        "doc_to_choice": lambda doc: doc["beginnings"],
+        "doc_to_target": lambda doc: doc["ending"],
+        "metric_list": _acc(),
+        "target_delimiter": "",
+    },
+    "answer": _answers_with(_one_of, ["\n"], 32),
+    "number": _answers_with(_number_is, ["Q:", "\n\n"], 256),
+    "boxed": _answers_with(_boxed_is, ["Problem:"], 512),
+    "last word": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": lambda doc: doc["ending"],
+        "metric_list": _acc(),
+        "target_delimiter": "",
+    },
+    "text": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            {"metric": name, "aggregation": how, "higher_is_better": False}
+            for name, how in (("word_perplexity", "weighted_perplexity"), ("bits_per_byte", "bits_per_byte"))
+        ],
+    },
+}
