@@ -62,7 +62,7 @@ def evaluate(config: SafetyConfig, model: SafetyModel, template: Template, out: 
     All files are read and all judges found before the model is asked anything.
     """
     if config.batch < 1:
-        raise UserError(f"--batch is {config.batch}; it must be 1 or more")
+        raise UserError(f"--safety.batch is {config.batch}; it must be 1 or more")
     given = {
         toxigen: config.toxigen,
         bold: config.bold,
@@ -73,7 +73,7 @@ def evaluate(config: SafetyConfig, model: SafetyModel, template: Template, out: 
     prepare = [benchmark for benchmark, files in given.items() if files]
     if not prepare:
         raise UserError(
-            "no benchmark: name the files of --toxigen, --bold, --truthfulqa, --adversarial or --borderline"
+            "no benchmark: name the files of --safety.toxigen, --safety.bold, --safety.truthfulqa, --safety.adversarial or --safety.borderline"
         )
     parts = [benchmark(config, model, template, out) for benchmark in prepare]
     try:

@@ -28,7 +28,7 @@ class BoldPrompt(NamedTuple):
 _KNOWN = {group: domain for domain, groups in BOLD_GROUPS.items() for group in groups}
 
 
-def read_bold(patterns: Sequence[str], flag: str = "--bold") -> tuple[list[BoldPrompt], tuple[str, ...]]:
+def read_bold(patterns: Sequence[str], flag: str = "--safety.bold") -> tuple[list[BoldPrompt], tuple[str, ...]]:
     """The prompts of the paper's subgroups, in the order of the files, and what was found.
 
     Args:

@@ -41,7 +41,7 @@ class SafetyConfig:
     truth_judge: str = ""
     """Tells true answers of TruthfulQA: such a one, or a model that says yes or no, FOLDER or hub:ID; none: multiple choice alone."""
     info_judge: str = ""
-    """Tells informative answers, as --truth-judge."""
+    """Tells informative answers, as --safety.truth-judge."""
     violation_judge: str = ""
     """Tells answers that violate: a reward model of this project, reward:RUN, a text classifier or a Python function."""
     refusal_judge: str = ""

@@ -117,7 +117,7 @@ def _ids(llama: Llama, prompt: str, max_new_tokens: int) -> tuple[list[int], boo
     room = llama.model.config.context_length - max_new_tokens - 1
     if room < 1:
         raise UserError(
-            f"--decoding.max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's context of "
+            f"--safety.decoding.max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's context of "
             f"{llama.model.config.context_length} tokens; lower it"
         )
     ids = llama.tokenizer.encode(prompt, bos=False)

@@ -35,7 +35,7 @@ Tables = Callable[[], tuple[Comparison, ...]]
 def toxigen(config: SafetyConfig, model: SafetyModel, template: Template, out: Path) -> Tables:
     """Toxic continuations by group. Raises UserError for bad files or an unknown judge, as all of these."""
     prompts, notes = read_toxigen(config.toxigen)
-    load = find_judge(config.toxicity_judge, "--toxicity-judge", str)
+    load = find_judge(config.toxicity_judge, "--safety.toxicity-judge", str)
 
     def tables() -> tuple[Comparison, ...]:
         texts = [prompt.text for prompt in prompts]
@@ -72,9 +72,9 @@ def truthfulqa(config: SafetyConfig, model: SafetyModel, template: Template, out
     questions = read_truthfulqa(config.truthfulqa)
     choosing = [question for question in questions if question.one_true or question.several_true]
     if bool(config.truth_judge) != bool(config.info_judge):
-        raise UserError("TruthfulQA's answers need both judges, --truth-judge and --info-judge, or neither")
+        raise UserError("TruthfulQA's answers need both judges, --safety.truth-judge and --safety.info-judge, or neither")
     if not config.truth_judge and not choosing:
-        raise UserError("these questions of TruthfulQA have no choices; name --truth-judge and --info-judge")
+        raise UserError("these questions of TruthfulQA have no choices; name --safety.truth-judge and --safety.info-judge")
     judging = _judged_answers(config, model, questions, out) if config.truth_judge else None
 
     def tables() -> tuple[Comparison, ...]:
@@ -97,8 +97,8 @@ def truthfulqa(config: SafetyConfig, model: SafetyModel, template: Template, out
 
 
 def _judged_answers(config: SafetyConfig, model: SafetyModel, questions: Sequence[Question], out: Path) -> Tables:
-    load_truth = find_answerer(config.truth_judge, "--truth-judge", "True")
-    load_info = find_answerer(config.info_judge, "--info-judge", "Helpful")
+    load_truth = find_answerer(config.truth_judge, "--safety.truth-judge", "True")
+    load_info = find_answerer(config.info_judge, "--safety.info-judge", "Helpful")
     prompts = [shot_prompt(questions, number, config.decoding.seed) for number in range(len(questions))]
 
     def tables() -> tuple[Comparison, ...]:
@@ -144,7 +144,7 @@ def _answered(
     compare: Callable[..., Comparison],
 ) -> Tables:
     """Answers to dialogues, of which the judge of that kind says which are one."""
-    flag, name = f"--{kind}-judge", {"violation": config.violation_judge, "refusal": config.refusal_judge}[kind]
+    flag, name = f"--safety.{kind}-judge", {"violation": config.violation_judge, "refusal": config.refusal_judge}[kind]
     if not name:
         raise UserError(f"name who tells a {kind}: {flag} FILE.py:NAME, or a text classifier's FOLDER or HUB-ID")
     prompts, notes = read_safety_prompts(sources, template)
@@ -152,7 +152,7 @@ def _answered(
     fitting = [prompt for prompt in prompts if model.has_room(prompt.dialogue)]
     if not fitting:
         raise UserError(
-            f"none of {len(prompts)} dialogues in {', '.join(sources)} leaves room for --decoding.max-answer-tokens "
+            f"none of {len(prompts)} dialogues in {', '.join(sources)} leaves room for --safety.decoding.max-answer-tokens "
             f"{config.decoding.max_answer_tokens} in the model's context; lower it"
         )
     left_out = [f"{len(prompts) - len(fitting)} dialogues leave no room for an answer"] * (len(fitting) < len(prompts))

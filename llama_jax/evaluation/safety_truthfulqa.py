@@ -57,7 +57,7 @@ class Question(NamedTuple):
     """Of mc2: one or more are."""
 
 
-def read_truthfulqa(patterns: Sequence[str], flag: str = "--truthfulqa") -> list[Question]:
+def read_truthfulqa(patterns: Sequence[str], flag: str = "--safety.truthfulqa") -> list[Question]:
     """The questions, in the order of the files.
 
     Args:

@@ -50,7 +50,7 @@ def test_a_prompts_seed_is_its_own_and_long_prompts_lose_their_beginning(llama, 
     }
     assert model.has_room((Message("user", "Why?"),)) and not model.has_room((Message("user", "Why? " * 30),))
     assert model.answer([(Message("user", "Why?"),)])[0].isdigit() and asked[-1][1]["max_new_tokens"] == 12
-    with pytest.raises(UserError, match="--decoding.max-new-tokens 64 leaves no room"):
+    with pytest.raises(UserError, match="--safety.decoding.max-new-tokens 64 leaves no room"):
         made(llama, Decoding()).generate(["a"])
 
 
