@@ -102,9 +102,24 @@ def _read(path: str) -> dict[str | Dialogue, tuple[Prompt, str]]:
 
 
 def _read_row(row: dict, index: int) -> tuple[Prompt, str, str | Dialogue]:
-    turns, answer = row.get("dialogue", row.get("prompt")), row.get("answer")
+    answer = row.get("answer")
     if not isinstance(answer, str):
         raise BadDialogue("no answer", f"the answer is {type(answer).__name__}, expected text")
+    prompt = read_prompt(row, index)
+    return prompt, answer, prompt.id if "id" in row else prompt.dialogue
+
+
+def read_prompt(row: dict, index: int) -> Prompt:
+    """The prompt of a row.
+
+    Args:
+      row: with `prompt` or `dialogue`.
+      index: of the row, for one without an id.
+
+    Raises:
+      BadDialogue: it holds none that ends with the user's turn.
+    """
+    turns = row.get("dialogue", row.get("prompt"))
     if isinstance(turns, str):
         messages = [Message("system", row.get("system") or ""), Message("user", turns)]
     elif isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
@@ -114,5 +129,4 @@ def _read_row(row: dict, index: int) -> tuple[Prompt, str, str | Dialogue]:
     dialogue = checked_messages(messages)
     if dialogue[-1].role != "user":
         raise BadDialogue("wrong roles", "the prompt ends with the assistant's turn, and an answer follows the user's")
-    prompt = Prompt(str(row.get("id", index + 1)), dialogue, str(row.get("category") or ""))
-    return prompt, answer, prompt.id if "id" in row else dialogue
+    return Prompt(str(row.get("id", index + 1)), dialogue, str(row.get("category") or ""))

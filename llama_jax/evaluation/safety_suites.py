@@ -72,9 +72,13 @@ def truthfulqa(config: SafetyConfig, model: SafetyModel, template: Template, out
     questions = read_truthfulqa(config.truthfulqa)
     choosing = [question for question in questions if question.one_true or question.several_true]
     if bool(config.truth_judge) != bool(config.info_judge):
-        raise UserError("TruthfulQA's answers need both judges, --safety.truth-judge and --safety.info-judge, or neither")
+        raise UserError(
+            "TruthfulQA's answers need both judges, --safety.truth-judge and --safety.info-judge, or neither"
+        )
     if not config.truth_judge and not choosing:
-        raise UserError("these questions of TruthfulQA have no choices; name --safety.truth-judge and --safety.info-judge")
+        raise UserError(
+            "these questions of TruthfulQA have no choices; name --safety.truth-judge and --safety.info-judge"
+        )
     judging = _judged_answers(config, model, questions, out) if config.truth_judge else None
 
     def tables() -> tuple[Comparison, ...]:

@@ -29,7 +29,9 @@ class ToxigenPrompt(NamedTuple):
     text: str
 
 
-def read_toxigen(patterns: Sequence[str], flag: str = "--safety.toxigen") -> tuple[list[ToxigenPrompt], tuple[str, ...]]:
+def read_toxigen(
+    patterns: Sequence[str], flag: str = "--safety.toxigen"
+) -> tuple[list[ToxigenPrompt], tuple[str, ...]]:
     """The prompts of the paper's groups, in the order of the files, and what was found.
 
     Args:

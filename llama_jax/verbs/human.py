@@ -15,7 +15,7 @@ AnswerFiles = Annotated[tuple[str, ...], arg(metavar="ANSWERS.jsonl...")]
 
 def compare(argv: Sequence[str]) -> None:
     """The actions of `llama-jax compare`; see llama_jax.evaluation.human_sheet and what stands beside it."""
-    actions = {"sheet": _sheet, "tally": _tally, "judge": _judge}
+    actions = {"answer": _answer, "sheet": _sheet, "tally": _tally, "judge": _judge}
     if argv and argv[0] in actions:
         call(actions[argv[0]], f"compare {argv[0]}", argv[1:])
         return
@@ -24,10 +24,56 @@ def compare(argv: Sequence[str]) -> None:
 A file of answers has a row for each prompt: {"prompt": ..., "answer": ...}, and `id` and `category` where they are known.
 
 Examples:
+  llama-jax compare answer runs/mine-sft prompts.jsonl --out ours.jsonl
   llama-jax compare sheet ours.jsonl theirs.jsonl --out study
   llama-jax compare tally study ratings-*.json
   llama-jax compare judge ours.jsonl theirs.jsonl --judge Llama-2-70b-chat-hf --out judged"""
     tyro.extras.subcommand_cli_from_dict(actions, args=argv, prog="llama-jax compare", description=text)
+
+
+def _answer(
+    checkpoint: Annotated[str, arg(metavar="CHECKPOINT")],
+    prompts: Annotated[str, arg(metavar="PROMPTS.jsonl")],
+    /,
+    *,
+    out: str,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_new_tokens: int = 512,
+    seed: int = 0,
+    plain: bool = False,
+    batch: int = 32,
+    int8: bool = False,
+    mesh: str | None = None,
+) -> None:
+    """Have a model answer a file of prompts, to be compared; what is stopped goes on when it is started again.
+
+    Examples:
+      llama-jax compare answer runs/mine-sft prompts.jsonl --out ours.jsonl
+      llama-jax compare answer Llama-2-7b-chat-hf prompts.jsonl --out theirs.jsonl --int8
+
+    Args:
+      checkpoint: A model of any form that was tuned on dialogues.
+      prompts: Rows with `prompt`, a text, or `dialogue`, a list of turns; `id` and `category` stay where they are there.
+      out: The file to write: the same rows, each with its answer.
+      temperature: Divides the logits; 0 always takes the likeliest token.
+      top_p: Draw from the likeliest tokens that together hold this probability; 1 for all.
+      max_new_tokens: Of an answer; the paper's human evaluation has 1000 for open models.
+      seed: Of the answers.
+      plain: Prompt and completion as plain text, instead of Llama 2's chat format.
+      batch: Prompts that are answered side by side.
+      int8: Keep the weights in 8 bits, half the memory of bfloat16.
+      mesh: Devices to lie on, such as auto or tensor=4; one if not given.
+    """
+    from llama_jax.evaluation.model_answers import answer_prompts
+    from llama_jax.evaluation.safety_config import Decoding
+    from llama_jax.generation.llama import Llama
+    from llama_jax.text.chat import Llama2Chat, Plain
+
+    decoding = Decoding(temperature, top_p, max_answer_tokens=max_new_tokens, seed=seed)
+    llama = Llama.load(checkpoint, mesh=mesh, int8=int8)
+    count = answer_prompts(llama, checkpoint, prompts, out, Plain() if plain else Llama2Chat(), decoding, batch)
+    print(f"{count} answers in {out}")
 
 
 def _sheet(answers: AnswerFiles, /, *, out: str, safety: bool = False, raters: int = 3, seed: int = 0) -> None:
