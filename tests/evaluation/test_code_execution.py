@@ -363,7 +363,12 @@ def test_in_namespaces_there_is_no_way_back():
         "}\n"
         "names = os.listdir('/')\n"
     )
-    tests = "assert set(ways.values()) == {-1}, ways\nassert 'etc' not in names and 'proc' not in names and 'tmp' not in names"
+    needed = code_execution._readable()  # a checkout may lie in /tmp, its packages with it
+    hidden = {
+        name for name in ("etc", "proc", "tmp", "var") if not any(path.startswith(f"/{name}/") for path in needed)
+    }
+    assert hidden >= {"etc", "proc"}
+    tests = f"assert set(ways.values()) == {{-1}}, ways\nassert not set(names) & {hidden}, names"
     assert run([Program(code, tests)], LINES["namespaces"]) == [Outcome(True, "passed")]
     for folder in code_execution._readable():
         unnamed = f"import os\nos.open({folder!r}, os.O_TMPFILE | os.O_RDWR)"
