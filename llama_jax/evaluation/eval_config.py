@@ -18,7 +18,8 @@ class EvalConfig:
     tasks: tuple[str, ...] = ()
     """Only these of the suite, or any task of lm-eval."""
     files: tuple[str, ...] = ()
-    """Benchmarks in files, as NAME=FILE or NAME=FILE:EXAMPLES; with files and without --tasks nothing else is asked."""
+    """Benchmarks of one's own, as NAME=SOURCE or NAME=SOURCE,EXAMPLES, a source being FILE.jsonl, FILE.csv, hf:NAME or tfds:NAME; with
+    files and without --tasks nothing else is asked."""
     shots: int | None = None
     """Examples before each question; the paper's if not given."""
     limit: int | None = None

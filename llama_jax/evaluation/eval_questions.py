@@ -85,7 +85,7 @@ def _named(entry: str) -> tuple[str, tuple[str, str | None]]:
     name, mark, path = entry.partition("=")
     if not (name and mark and path):
         raise UserError(f"--files {entry} is not NAME=FILE, such as piqa=piqa.jsonl")
-    file, _, examples = path.partition(":")
+    file, _, examples = path.partition(",")
     return name, (file, examples or None)
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_jax.data.dialogues import open_rows
 from llama_jax.errors import UserError
+from llama_jax.text.chat import BadDialogue
 
 LETTERS = "ABCDEFGHIJ"
 Row = dict[str, Any]
@@ -92,6 +94,11 @@ def _word_problem(row: Row) -> Row:
     }
 
 
+def _solved(row: Row) -> Row:
+    number = f"{float(row['lSolutions'][0]):g}"
+    return {"query": f"Q: {row['sQuestion']}\nA:", "answers": [number], "target": f"The answer is {number}."}
+
+
 def _target(row: Row) -> Row:
     return {"query": f"Q: {row['input']}\nA:", "answers": [row["target"]], "target": row["target"]}
 
@@ -116,6 +123,7 @@ SHAPES = (
     Shape(("question", "answer"), _reasoned, "number", "####"),
     Shape(("question", "answer"), _question, "answer"),
     Shape(("input", "target"), _target, "answer"),
+    Shape(("sQuestion", "lSolutions"), _solved, "number"),
     Shape(("context", "continuation"), _last_word, "last word"),
     Shape(("text",), _text, "text"),
 )
@@ -154,7 +162,7 @@ def read_local(name: str, path: str, examples: str | None, shots: int) -> LocalR
     if len(shown) < shots or not asked:
         raise UserError(
             f"{examples or path} has {len(shown)} rows for {shots} examples and {path} {len(asked)} to ask; "
-            f"give fewer --shots, or a file of examples: --files {name}={path}:EXAMPLES"
+            f"give fewer --shots, or a file of examples: --files {name}={path},EXAMPLES"
         )
     return LocalRows(path, asked, shown, examples is None and shots > 0)
 
@@ -216,28 +224,31 @@ def task_of(name: str, kind: str, asked: list[Row], shown: list[Row], shots: int
     return config | _KINDS[kind]
 
 
-def read_rows(path: str) -> list[Row]:
-    """The rows of a jsonl or json file, or of MMLU's csv (question, four choices, letter; no header).
+def read_rows(source: str) -> list[Row]:
+    """The rows of JSON lines (.gz and .zst too), of hf:NAME or tfds:NAME, or of MMLU's csv: question, four choices, letter; no header.
 
     Raises:
-      UserError: there is no such file, or it is not of these kinds, or empty.
+      UserError: there is no such source, or it is not of these kinds, or empty.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no file {path}; expected a benchmark as .jsonl, .json or .csv: --files NAME=FILE")
-    try:
-        if file.suffix == ".csv":
-            with file.open(newline="") as opened:
-                lines = list(csv.reader(opened))
-            rows = [{"question": line[0], "choices": line[1:-1], "answer": line[-1]} for line in lines]
-        elif file.suffix == ".json":
-            rows = json.loads(file.read_text())
-        else:
-            rows = [json.loads(line) for line in file.read_text().split("\n") if line.strip()]
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{path} cannot be read as {file.suffix or 'jsonl'} ({error})") from None
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} holds no rows; expected one JSON object a line")
+    if source.endswith(".csv"):
+        if not Path(source).is_file():
+            raise UserError(f"no file {source}; expected a benchmark: --files NAME=FILE")
+        with Path(source).open(newline="") as file:
+            lines = list(csv.reader(file))
+        if any(len(line) < 3 for line in lines):
+            raise UserError(f"{source} is not MMLU's csv: question, choices, letter, and no header")
+        rows = [{"question": line[0], "choices": line[1:-1], "answer": line[-1]} for line in lines]
+    else:
+        try:
+            opened = open_rows(source)
+            rows = [opened[index] for index in range(len(opened))]
+        except (UserError, BadDialogue) as error:
+            reason = str(error).removesuffix(" Check --data.sources.").rstrip(".")
+            raise UserError(
+                f"--files {source}: {reason}; expected a benchmark as FILE.jsonl, FILE.csv, hf:NAME or tfds:NAME"
+            ) from None
+    if not rows:
+        raise UserError(f"{source} holds no rows")
     return rows
 
 

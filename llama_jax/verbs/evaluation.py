@@ -16,7 +16,7 @@ started again with the same --out. Programs that the model writes are run with -
 Examples:
   llama-jax eval Llama-2-7b-hf --out runs/eval-7b --run-code
   llama-jax eval runs/mine --tasks piqa hellaswag gsm8k --limit 200
-  llama-jax eval runs/mine --files piqa=piqa.jsonl mmlu=test.csv:dev.csv --shots 5
+  llama-jax eval runs/mine --files piqa=piqa.jsonl mmlu=test.csv,dev.csv --shots 5
   llama-jax eval runs/mine-sft --suite chat --mesh auto
   llama-jax eval runs/mine-sft --suite safety --safety.toxigen toxigen/*.txt --safety.bold bold/*.json --safety.chat
   llama-jax eval --table 3

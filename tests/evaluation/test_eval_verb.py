@@ -99,7 +99,7 @@ def test_examples_are_not_asked(samples):
 
 
 def test_mmlu_is_asked_as_its_authors_ask(samples):
-    files = f"mmlu_x={samples}/mmlu_astronomy_test.csv:{samples}/mmlu_astronomy_dev.csv"
+    files = f"mmlu_x={samples}/mmlu_astronomy_test.csv,{samples}/mmlu_astronomy_dev.csv"
     (tasks,) = load_tasks(chosen(EvalConfig(files=(files,), shots=5))).values()
     (task,) = tasks.values()
     prompt = task.fewshot_context(next(iter(task.test_docs())), 5)
@@ -115,12 +115,12 @@ def test_mmlu_is_asked_as_its_authors_ask(samples):
     ("flags", "message"),
     [
         (["--tasks", "pica"], "no task 'pica'; did you mean piqa"),
-        (["--files", "piqa=nowhere.jsonl"], "no file nowhere.jsonl; expected a benchmark as .jsonl, .json or .csv"),
+        (["--files", "piqa=nowhere.jsonl"], "--files nowhere.jsonl: No file matches nowhere.jsonl"),
         (["--files", "piqa"], "--files piqa is not NAME=FILE, such as piqa=piqa.jsonl"),
         (["--files", "x={bad}"], "has the columns prompt, label; expected those of one of these: query, choices, gold"),
         (["--files", "x={torn}"], "row 2 of {torn} has no choices; its rows began with them"),
-        (["--files", "x={broken}"], "{broken} cannot be read as .jsonl"),
-        (["--files", "x={empty}"], "{empty} holds no rows"),
+        (["--files", "x={broken}"], "--files {broken}: the line is not JSON"),
+        (["--files", "x={empty}"], "--files {empty}: Nothing to read in {empty}"),
         (["--files", "x={one}", "--shots", "3"], "has 1 rows for 3 examples and {one} 0 to ask; give fewer --shots"),
         (["--files", "humaneval={one}"], "humaneval runs programs that the model writes; allow that with --run-code"),
         (["--tasks", "svamp", "--suite", "chat"], "lm-eval has no task for svamp; give it as a file: --files svamp=FILE"),
