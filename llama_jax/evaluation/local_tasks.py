@@ -14,6 +14,7 @@ from typing import Any
 
 from llama_jax.data.dialogues import open_rows
 from llama_jax.errors import UserError
+from llama_jax.evaluation.local_grading import KINDS
 from llama_jax.text.chat import BadDialogue
 
 LETTERS = "ABCDEFGHIJ"
@@ -26,10 +27,11 @@ class Shape:
 
     columns: tuple[str, ...]
     """That a row has, whatever else it has."""
-    to_row: Callable[[Row], Row]
-    """Gives the row as lm-eval shall see it: of a choice query, choices and gold; of an answer query, answers and target."""
+    to_row: Callable[[Row], Row | list[Row]]
+    """Gives the row as lm-eval shall see it: of a choice query, choices and gold; of an answer query, answers and target.
+    A row that holds several questions gives one for each."""
     kind: str
-    """choice, beginnings, answer, number, boxed, last word or text."""
+    """choice, beginnings, answer, words, number, boxed, last word or text."""
     mark: str = ""
     """What the answer's text holds besides."""
 
@@ -99,6 +101,20 @@ def _solved(row: Row) -> Row:
     return {"query": f"Q: {row['sQuestion']}\nA:", "answers": [number], "target": f"The answer is {number}."}
 
 
+def _conversation(row: Row) -> list[Row]:
+    """QuAC: questions about a text, one after another, each behind those before it with their answers.
+
+    Our choice, as the paper does not show its prompt.
+    """
+    shown = f"{row['background']}\n\n{row['section_title']}\n{row['context']}\n\n"
+    asked = []
+    for question, answers in zip(row["questions"], row["answers"]["texts"], strict=True):
+        shown += f"Q: {question}\nA:"
+        asked.append({"query": shown, "answers": list(answers), "target": answers[0]})
+        shown += f" {answers[0]}\n\n"
+    return asked
+
+
 def _target(row: Row) -> Row:
     return {"query": f"Q: {row['input']}\nA:", "answers": [row["target"]], "target": row["target"]}
 
@@ -117,6 +133,7 @@ SHAPES = (
     Shape(("question", "mc1_targets"), _truthful, "choice"),
     Shape(("question", "choices", "answer"), _lettered, "choice"),
     Shape(("context_options", "continuation", "gold"), _beginnings, "beginnings"),
+    Shape(("background", "section_title", "context", "questions", "answers"), _conversation, "words"),
     Shape(("context", "answer", "chain_of_thought"), _mathematics, "boxed"),
     Shape(("context", "answer", "aliases"), _aliased, "answer"),
     Shape(("Body", "Question", "Answer"), _word_problem, "number"),
@@ -204,7 +221,7 @@ def shaped_task(rows: LocalRows, name: str, shots: int) -> dict[str, Any]:
     """
     shape = shape_of(rows.asked[0], rows.path)
     asked, shown = (
-        [_converted(shape, row, rows.path, number) for number, row in enumerate(part, 1)]
+        [one for number, row in enumerate(part, 1) for one in _converted(shape, row, rows.path, number)]
         for part in (rows.asked, rows.shown)
     )
     return task_of(name, shape.kind, asked, shown, shots)
@@ -221,7 +238,7 @@ def task_of(name: str, kind: str, asked: list[Row], shown: list[Row], shots: int
     }
     if shots:
         config |= {"fewshot_split": "examples", "fewshot_config": {"sampler": "first_n"}}
-    return config | _KINDS[kind]
+    return config | KINDS[kind]
 
 
 def read_rows(source: str) -> list[Row]:
@@ -272,102 +289,11 @@ def as_dataset(rows: Sequence[Row]) -> Any:
     return datasets.Dataset.from_list(list(rows))
 
 
-def _converted(shape: Shape, row: Row, path: str, number: int) -> Row:
+def _converted(shape: Shape, row: Row, path: str, number: int) -> list[Row]:
     if missing := [column for column in shape.columns if column not in row]:
         raise UserError(f"row {number} of {path} has no {', '.join(missing)}; its rows began with them")
     try:
-        return shape.to_row(row)
+        converted = shape.to_row(row)
+        return converted if isinstance(converted, list) else [converted]
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise UserError(f"row {number} of {path} is not as its columns promise ({error})") from None
-
-
-def _acc(*more: str) -> list[dict[str, Any]]:
-    return [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", *more)]
-
-
-def _squashed(text: str) -> str:
-    """An answer as SQuAD's metric compares it: without case, punctuation, articles and doubled spaces."""
-    text = "".join(character for character in text.lower() if character not in PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-
-
-def _one_of(doc: Row, results: list[str]) -> dict[str, float]:
-    """Exact match with any of the answers."""
-    return {"exact_match": float(_squashed(results[0]) in map(_squashed, doc["answers"]))}
-
-
-def _number_is(doc: Row, results: list[str]) -> dict[str, float]:
-    """The last number that was written is the answer."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", results[0])
-    given, wanted = (text.replace(",", "") for text in (found[-1] if found else "", doc["answers"][0]))
-    return {"exact_match": float(bool(given) and float(given) == float(wanted))}
-
-
-def _boxed_is(doc: Row, results: list[str]) -> dict[str, float]:
-    """What stands in the last box, or behind the last "answer is", is the answer, spaces aside."""
-    found = boxed(results[0]) or (re.findall(r"answer is:?\s*(.+?)(?:\.\s|\.?$)", results[0]) or [""])[-1]
-    given, wanted = ("".join(text.replace("$", "").split()) for text in (found, doc["answers"][0]))
-    return {"exact_match": float(given == wanted)}
-
-
-def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} in a text; None where there is none."""
-    start = text.rfind("\\boxed{")
-    depth, begin = 1, start + len("\\boxed{")
-    for end in range(begin, len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[begin:end]
-    return None
-
-
-def _answers_with(process: Callable, stops: list[str], tokens: int) -> dict[str, Any]:
-    return {
-        "output_type": "generate_until",
-        "doc_to_text": "{{query}}",
-        "doc_to_target": "{{target}}",
-        "generation_kwargs": {"until": stops, "max_gen_toks": tokens, "do_sample": False},
-        "process_results": process,
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }
-
-
-_KINDS: dict[str, dict[str, Any]] = {
-    "choice": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{query}}",
-        "doc_to_choice": lambda doc: doc["choices"],
-        "doc_to_target": lambda doc: doc["gold"],
-        "metric_list": _acc("acc_norm"),
-    },
-    "beginnings": {
-        "output_type": "multiple_choice",
-        "doc_to_text": lambda doc: doc["gold"],
-        "doc_to_choice": lambda doc: doc["beginnings"],
-        "doc_to_target": lambda doc: doc["ending"],
-        "metric_list": _acc(),
-        "target_delimiter": "",
-    },
-    "answer": _answers_with(_one_of, ["\n"], 32),
-    "number": _answers_with(_number_is, ["Q:", "\n\n"], 256),
-    "boxed": _answers_with(_boxed_is, ["Problem:"], 512),
-    "last word": {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{query}}",
-        "doc_to_target": lambda doc: doc["ending"],
-        "metric_list": _acc(),
-        "target_delimiter": "",
-    },
-    "text": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [
-            {"metric": name, "aggregation": how, "higher_is_better": False}
-            for name, how in (("word_perplexity", "weighted_perplexity"), ("bits_per_byte", "bits_per_byte"))
-        ],
-    },
-}

@@ -164,3 +164,45 @@ def test_several_samples_are_drawn_hotter_and_counted_without_bias(samples, monk
     once, often = code_benchmarks.ask_code(Planted(), "humaneval", file, shots=0, samples=4, limit=None)
     assert (once["metric"], once["value"]) == ("pass@1", 0.25)  # two of four, none of four
     assert (often["metric"], often["value"], often["n"]) == ("pass@4", 0.5, 2)
+
+
+def test_quacs_questions_follow_each_other_and_are_graded_by_words(tmp_path):
+    row = {
+        "background": "A bear.", "section_title": "Life", "context": "It sleeps in winter.", "questions": ["When?", "Where?"],
+        "answers": {"texts": [["in the winter", "winter"], ["CANNOTANSWER"]]},
+    }  # fmt: skip
+    (tmp_path / "quac.jsonl").write_text(json.dumps(row) + "\n")
+    (tasks,) = load_tasks(chosen(EvalConfig(files=(f"quac={tmp_path / 'quac.jsonl'}",)))).values()
+    (task,) = tasks.values()
+    first, second = task.test_docs()
+    prompt = "A bear.\n\nLife\nIt sleeps in winter.\n\nQ: When?\nA:"
+    assert task.fewshot_context(first, 0) == prompt
+    assert task.fewshot_context(second, 0) == f"{prompt} in the winter\n\nQ: Where?\nA:"
+    # Three words shared of four and two, articles aside, with the first answer; one of four and one with the second.
+    assert task.process_results(first, ["In cold, dark winter"])["f1"] == pytest.approx(2 * 2 / (4 + 2))
+    assert (
+        task.process_results(second, ["nowhere"])["f1"] == 0 and task.process_results(first, ["The winter!"])["f1"] == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "written", "right"),
+    [
+        ({"Body": "I had 5.", "Question": "Now?", "Answer": 1200.0}, "5 - 3 is 2. So the answer is 1,200.", 1),
+        ({"Body": "I had 5.", "Question": "Now?", "Answer": 2.0}, "2 and then 3", 0),
+        ({"question": "How many?", "answer": "It is <<1+1=2>>2.\n#### 2"}, "2.0", 1),
+        ({"question": "How many?", "answer": "It is 2.\n#### 2"}, "none", 0),
+        ({"sQuestion": "How many?", "lSolutions": [4.0]}, "4", 1),
+        ({"question": "who?", "answer": ["The Queen", "Anne"]}, " the queen.", 1),
+        ({"question": "who?", "answer": ["The Queen", "Anne"]}, " a king", 0),
+        ({"context": "1/2?", "answer": "\\frac{1}{2}", "chain_of_thought": "x"}, "so \\boxed{\\frac{1}{2}}.", 1),
+        ({"context": "1/2?", "answer": "\\frac{1}{2}", "chain_of_thought": "x"}, "The answer is $\\frac{1} {2}$.", 1),
+        ({"context": "1/2?", "answer": "2", "chain_of_thought": "x"}, "\\boxed{3}, not \\boxed{4}", 0),
+    ],
+)
+def test_answers_are_graded(tmp_path, row, written, right):
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    (tasks,) = load_tasks(chosen(EvalConfig(files=(f"x={tmp_path / 'x.jsonl'}",)))).values()
+    (task,) = tasks.values()
+    (doc,) = task.test_docs()
+    assert task.process_results(doc, [written])["exact_match"] == right
