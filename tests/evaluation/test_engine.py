@@ -9,6 +9,7 @@ import pytest
 from llama_jax.errors import Preempted, UserError
 from llama_jax.evaluation import engine as engine_module
 from llama_jax.evaluation.engine import Answers, Engine
+from llama_jax.generation import rollouts
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.sampler import Sampling
 from tests.stories260k import FOLDER
@@ -53,13 +54,22 @@ def test_an_answer_ends_before_the_first_stop_and_others_go_on(llama, prompts, g
 
 def test_rows_that_stopped_make_room_and_draw_nothing_more(llama, prompts, monkeypatch):
     """Six answers in two rows, each stopped early, take as many dispatches as their tokens need and no more."""
-    calls = []
-    from llama_jax.generation import rollouts
+    drawing = []
+
+    def counted(model, state, *rest):
+        drawing.append(int((state.left_B > 0).sum()))
+        return decode(model, state, *rest)
 
     decode = rollouts.decode
-    monkeypatch.setattr(rollouts, "decode", lambda *args: calls.append(args) or decode(*args))
+    monkeypatch.setattr(rollouts, "decode", counted)
     texts = completed(llama, prompts, stops=[" "], max_new_tokens=400)
-    assert all(len(text) < 40 for text in texts) and len(calls) <= len(prompts) + 1
+    assert all(len(text) < 40 for text in texts) and len(drawing) <= len(prompts) + 1
+    drawing.clear()
+    stopped, whole = completed(llama, prompts[:2], stops=[" girl"], max_new_tokens=100)
+    assert len(stopped) < 30 < len(whole)
+    assert drawing[0] == 2 and set(drawing[1:]) == {
+        1
+    }  # the row that stopped is not drawn on, though none takes its place
 
 
 def test_equal_prompts_draw_different_answers_and_the_same_again(llama, prompts):
