@@ -15,7 +15,7 @@ from llama_jax.config import LLAMA2_7B
 from llama_jax.conversion import layout
 from llama_jax.conversion.huggingface import config_to_hf
 
-CONFIG = replace(LLAMA2_7B, n_layers=7)
+CONFIG = replace(LLAMA2_7B, n_layers=5)
 BYTES = 2 * CONFIG.n_params
 LARGEST = 2 * CONFIG.vocab_size * CONFIG.dim
 GIB = 2**30
@@ -36,7 +36,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A 3.4 GB Hugging Face folder that is a hole on the disk but for its header; removed when the tests are done."""
+    """A 2.5 GB Hugging Face folder that is a hole on the disk but for its header; removed when the tests are done."""
     root = tmp_path_factory.mktemp("memory")
     if shutil.disk_usage(root).free < 3 * BYTES:
         pytest.skip(f"{3 * BYTES / 1e9:.0f} GB of disk are needed")
@@ -65,7 +65,7 @@ def peak(work: str) -> int:
 
 
 def test_there_and_back(folder: Path):
-    assert BYTES > 3 * GIB
+    assert BYTES > 1.5 * (2 * LARGEST + GIB)
     there = peak(f"convert({str(folder / 'hf')!r}, {str(folder / 'ours')!r}, 'ours')")
     back = peak(f"convert({str(folder / 'ours')!r}, {str(folder / 'meta')!r}, 'meta')")
     assert max(there, back) < 2 * LARGEST + GIB, f"{there / GIB:.2f} and {back / GIB:.2f} GiB"
