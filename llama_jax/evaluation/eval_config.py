@@ -46,10 +46,12 @@ class EvalConfig:
     """Go on with the answers that the folder holds: if it holds some; never (refuses such a folder); or fail without."""
     dry_run: bool = False
     """Print what would be asked, and touch nothing."""
+    json: bool = False
+    """Print results.json in the end."""
 
 
 # Answers are kept by what was asked, so that other questions may be added to a folder.
 FREE_TO_CHANGE = (
-    "suite",
-    "safety", "tasks", "files", "shots", "limit", "chat", "run_code", "code_samples", "rows", "mesh", "out", "resume", "dry_run"
+    "suite", "safety", "tasks", "files", "shots", "limit", "chat", "run_code", "code_samples", "rows", "mesh", "out", "resume",
+    "dry_run", "json",
 )  # fmt: skip

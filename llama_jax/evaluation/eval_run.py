@@ -50,9 +50,9 @@ def run(config: EvalConfig) -> dict[str, Any]:
             print(f"{question.name}: {question.shots if question.shots is not None else 'its own'} shots")
         return {}
     folder = Path(config.out)
-    found = find_recipe(folder, "eval", config.resume)
-    make_folder(folder)
     if jax.process_index() == 0:
+        found = find_recipe(folder, "eval", config.resume)
+        make_folder(folder)
         recipe = without(config, FREE_TO_CHANGE) | {"checkpoint": str(checkpoint)}
         write_recipe(folder, "eval", config, recipe, found)
     llama = Llama.load(checkpoint, mesh=config.mesh or None, int8=config.int8)
@@ -76,6 +76,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
             write_rows(folder / VERBALISED, verbalised(results["tasks"], samples))
     if jax.process_index() == 0:
         write_whole(folder / RESULTS, json.dumps(results, indent=2).encode())
+        if config.json:
+            print(json.dumps(results))
         say(f"report: {write_page(folder / 'report.md', f'Evaluation of {config.checkpoint}', page)}")
     return results
 

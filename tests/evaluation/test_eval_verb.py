@@ -24,7 +24,7 @@ def samples(shared):
 
 def test_results_stand_beside_the_papers(shared, samples, tmp_path, capsys, monkeypatch):
     out = tmp_path / "eval"
-    command = ["eval", str(shared / FOLDER), "--limit", "5", "--out", str(out), "--run-code", "--files"]
+    command = ["eval", str(shared / FOLDER), "--limit", "5", "--out", str(out), "--run-code", "--json", "--files"]
     command += [f"{name}={samples / name}_{rows}.jsonl" for name, rows in (("piqa", 50), ("humaneval", 20))]
     solutions = [
         json.loads(line)["canonical_solution"] for line in (samples / "humaneval_20.jsonl").read_text().splitlines()
@@ -40,6 +40,7 @@ def test_results_stand_beside_the_papers(shared, samples, tmp_path, capsys, monk
     monkeypatch.setattr(Engine, "complete", complete)
     assert cli.main(command) == 0
     results = json.loads((out / "results.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
     rows = {row["task"]: row for row in results["tasks"]}
     assert [row["n"] for row in rows.values()] == [5, 5] and results["groups"] == []
     assert rows["humaneval"]["value"] == 0.8 and rows["humaneval"]["paper"] == 12.8  # one of five programs is wrong
