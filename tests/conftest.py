@@ -39,5 +39,5 @@ def _programs_of_other_modules():
     yield
     import jax
 
-    if int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2 * 2**30:
+    if int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 4 * 2**30:
         jax.clear_caches()
