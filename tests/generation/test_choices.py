@@ -73,7 +73,7 @@ def test_what_all_prompts_begin_with_is_read_once(model, tokenizer, llama, mesh,
         llama if mesh is None else Llama(jax.device_put(model, shardings(model.config, make_mesh(mesh))), tokenizer)
     )
     examples = [1, *(3 + i % 9 for i in range(30))]
-    prompts = [[*examples, *end] for end in ([4, 5], [7], [4, 9, 9], [6], [5, 5], [8], [3, 9], [10])]
+    prompts = [[*examples, *end] for end in ([4, 5], [], [4, 9, 9], [6], [5, 5], [8], [3, 9], [10])]
     choices = [[[5, 6], [7]]] * 8
     apart = score_choices(sharded, prompts, choices)
     read = []
