@@ -155,7 +155,7 @@ class Engine:
         if room < 1 or max_new_tokens < 1:
             raise UserError(
                 f"answers of {max_new_tokens} tokens in a context of {self.context} leave no room for a prompt; "
-                "lower --max-new-tokens, or take a model with a longer context"
+                "take a model with a longer context, or leave such a task out with --tasks"
             )
         settings = [max_new_tokens, list(stops), *map(float, sampling), self._seed]
         asked, read, times = [], {}, {}

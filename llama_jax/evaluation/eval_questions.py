@@ -15,6 +15,8 @@ from llama_jax.evaluation.local_tasks import LocalRows, published_task, read_loc
 from llama_jax.training.metrics import say
 
 WORD_PROBLEMS = "word problems"
+SAFETY_HINT = "its own settings begin with --safety, such as --safety.toxigen FILES"
+SUITE_HINT = "settings that begin with --safety belong to --suite safety"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,20 @@ class CodeFile:
     """Problems to program, in a file and one of examples; the hub's if none is given."""
 
     file: tuple[str, str | None] | None
+
+
+def check(config: EvalConfig) -> None:
+    """Raises UserError for settings that the suite does not read."""
+    of_safety = config.suite == "safety"
+    other = (
+        ("tasks", "files", "shots", "limit", "chat", "run_code", "code_samples", "rows", "seed")
+        if of_safety
+        else ("safety",)
+    )
+    default = EvalConfig()
+    if unread := [name for name in other if getattr(config, name) != getattr(default, name)]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+        raise UserError(f"--suite {config.suite} does not read {flags}; {SAFETY_HINT if of_safety else SUITE_HINT}")
 
 
 def chosen(config: EvalConfig) -> list[Question]:
@@ -125,17 +141,11 @@ def is_published(question: Question) -> bool:
 
 
 def _load(manager: Any, question: Question, folder: Path) -> dict[str, Any]:
-    spec: Any = question.spec
-    if isinstance(spec, LocalRows) and is_published(question):
-        definition = manager.task_index[question.benchmark.lm_eval_task].yaml_path
-        spec = str(published_task(question.spec, question.name, definition, folder))
-        if has_own_examples(*manager.load([spec])["tasks"].values()):
-            spec = str(published_task(question.spec.whole(), question.name, definition, folder))
-    elif isinstance(spec, LocalRows):
-        spec = shaped_task(spec, question.name, question.shots or 0)
+    from datasets.exceptions import DatasetsError
+
     try:
-        tasks = manager.load([spec])["tasks"]
-    except (OSError, ConnectionError, ValueError, KeyError) as error:
+        tasks = manager.load([_spec(manager, question, folder)])["tasks"]
+    except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"the data of {question.name} cannot be had ({reason}); give it as a file: --files {question.name}=FILE"
@@ -145,6 +155,19 @@ def _load(manager: Any, question: Question, folder: Path) -> dict[str, Any]:
             task.set_config(key="num_fewshot", value=question.shots or 0)
         task.set_fewshot_seed(seed=1234)  # lm-eval's own
     return tasks
+
+
+def _spec(manager: Any, question: Question, folder: Path) -> str | dict[str, Any]:
+    """What lm-eval loads: the name or the file of a task, or a config."""
+    if isinstance(question.spec, str):
+        return question.spec
+    if not is_published(question):
+        return shaped_task(question.spec, question.name, question.shots or 0)
+    definition = manager.task_index[question.benchmark.lm_eval_task].yaml_path
+    path = str(published_task(question.spec, question.name, definition, folder))
+    if has_own_examples(*manager.load([path])["tasks"].values()):
+        path = str(published_task(question.spec.whole(), question.name, definition, folder))
+    return path
 
 
 def has_own_examples(task: Any) -> bool:

@@ -16,7 +16,7 @@ from llama_jax.errors import UserError
 from llama_jax.evaluation.code_benchmarks import ask_code
 from llama_jax.evaluation.engine import ANSWERS, Answers, Engine
 from llama_jax.evaluation.eval_config import FREE_TO_CHANGE, EvalConfig
-from llama_jax.evaluation.eval_questions import CodeFile, Question, chosen, load_tasks
+from llama_jax.evaluation.eval_questions import CodeFile, Question, check, chosen, load_tasks
 from llama_jax.evaluation.eval_results import RESULTS, VERBALISED, rows_of, sections, summary, verbalised
 from llama_jax.evaluation.report import write_page
 from llama_jax.evaluation.safety import run_safety
@@ -37,6 +37,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
       UserError: a task, a file or the checkpoint does not fit.
       Preempted: told to stop; the answers so far are kept.
     """
+    check(config)
     distributed.initialize()
     if config.suite == "safety" and jax.process_count() > 1:
         raise UserError(

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from llama_jax.data.dialogues import open_rows
@@ -17,7 +18,6 @@ from llama_jax.errors import UserError
 from llama_jax.evaluation.local_grading import KINDS
 from llama_jax.text.chat import BadDialogue
 
-LETTERS = "ABCDEFGHIJ"
 Row = dict[str, Any]
 
 
@@ -50,8 +50,8 @@ def _truthful(row: Row) -> Row:
 
 
 def _lettered(row: Row) -> Row:
-    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
-    letters = list(LETTERS[: len(row["choices"])])
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, row["choices"], strict=False))
+    letters = list(ascii_uppercase[: len(row["choices"])])
     gold = row["answer"] if isinstance(row["answer"], int) else letters.index(row["answer"])
     return {"query": f"{row['question'].strip()}\n{listed}\nAnswer:", "choices": letters, "gold": gold}
 
@@ -87,8 +87,13 @@ def _mathematics(row: Row) -> Row:
     }
 
 
+def _written(number: Any) -> str:
+    """A number as people write it: every digit, and none behind the point where it is whole."""
+    return str(int(number)) if float(number).is_integer() else str(float(number))
+
+
 def _word_problem(row: Row) -> Row:
-    number = f"{float(row['Answer']):g}"
+    number = _written(row["Answer"])
     return {
         "query": f"Q: {row['Body']} {row['Question']}\nA:",
         "answers": [number],
@@ -97,7 +102,7 @@ def _word_problem(row: Row) -> Row:
 
 
 def _solved(row: Row) -> Row:
-    number = f"{float(row['lSolutions'][0]):g}"
+    number = _written(row["lSolutions"][0])
     return {"query": f"Q: {row['sQuestion']}\nA:", "answers": [number], "target": f"The answer is {number}."}
 
 

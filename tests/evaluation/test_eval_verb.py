@@ -1,5 +1,6 @@
 """`llama-jax eval`: what it writes, what it refuses, and that what was asked is what the files hold."""
 
+import csv
 import json
 
 import pytest
@@ -106,9 +107,8 @@ def test_mmlu_is_asked_as_its_authors_ask(samples):
     prompt = task.fewshot_context(next(iter(task.test_docs())), 5)
     blocks = prompt.split("\n\n")
     assert len(blocks) == 6 and all(block.split("\n")[1].startswith("A. ") for block in blocks)
-    assert [block[-2:] for block in blocks[:5]] == [" A", " B", " C", " A", " D"] or all(
-        block[-2] == " " for block in blocks[:5]
-    )
+    with (samples / "mmlu_astronomy_dev.csv").open(newline="") as file:
+        assert [block[-1] for block in blocks[:5]] == [line[-1] for line in csv.reader(file)][:5]
     assert blocks[5].endswith("\nAnswer:")
 
 
@@ -130,6 +130,8 @@ def test_mmlu_is_asked_as_its_authors_ask(samples):
         (["--suite", "safety"], "no benchmark: name the files of"),
         (["--tasks", "quac", "--resume", "must"], "lm-eval has no task for quac"),
         (["--lmit", "3"], "--lmit"),
+        (["--suite", "safety", "--limit", "3", "--rows", "2"], "--suite safety does not read --limit, --rows; its own settings"),
+        (["--safety.chat", "--tasks", "piqa"], "--suite table3 does not read --safety; settings that begin with --safety"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(shared, tmp_path, capsys, flags, message):
@@ -191,6 +193,8 @@ def test_quacs_questions_follow_each_other_and_are_graded_by_words(tmp_path):
     [
         ({"Body": "I had 5.", "Question": "Now?", "Answer": 1200.0}, "5 - 3 is 2. So the answer is 1,200.", 1),
         ({"Body": "I had 5.", "Question": "Now?", "Answer": 2.0}, "2 and then 3", 0),
+        ({"Body": "I had 5.", "Question": "Now?", "Answer": 12345678.0}, "12,345,678", 1),
+        ({"Body": "I had 5.", "Question": "Now?", "Answer": 0.1234567}, "0.123457", 0),
         ({"question": "How many?", "answer": "It is <<1+1=2>>2.\n#### 2"}, "2.0", 1),
         ({"question": "How many?", "answer": "It is 2.\n#### 2"}, "none", 0),
         ({"sQuestion": "How many?", "lSolutions": [4.0]}, "4", 1),
