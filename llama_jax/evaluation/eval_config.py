@@ -31,7 +31,7 @@ class EvalConfig:
     run_code: bool = False
     """Allow programs that the model writes to run, contained; HumanEval and MBPP are left out otherwise."""
     code_samples: int = 1
-    """Programs for each problem of HumanEval and MBPP; above 1 they are drawn at temperature 0.8, for pass@k."""
+    """Programs for each problem of HumanEval and MBPP; above 1 they are drawn at temperature 0.8, for pass@k alone."""
     rows: int = 16
     """Texts that the model continues at once."""
     int8: bool = False

@@ -113,7 +113,7 @@ def ask(
     for question in questions:
         if isinstance(question.spec, CodeFile):
             settings = {"shots": question.shots or 0, "samples": config.code_samples, "limit": config.limit}
-            new = ask_code(engine, question.name, question.spec.file, **settings)
+            new = [ask_code(engine, question.name, question.spec.file, **settings)]
         else:
             new = list(rows_of(question, tasks[question.name], found))
         about = {"task": question.name, "shots": question.shots, "benchmark": question.benchmark}

@@ -87,7 +87,7 @@ def _batches(
         by_shape.setdefault((slots, len(choices[i])), []).append(i)
     batches = []
     for (slots, n_choices), members in sorted(by_shape.items(), reverse=True):
-        rows = max(1, batch_tokens // (slots * n_choices))
+        rows = 1 << max(1, batch_tokens // (slots * n_choices)).bit_length() - 1  # what a batch is filled up to anyway
         rows += -rows % ways("batch")
         batches += [(members[start : start + rows], slots) for start in range(0, len(members), rows)]
     return batches

@@ -147,7 +147,7 @@ def test_bad_input_is_refused(shared, tmp_path, capsys, flags, message):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_several_samples_are_drawn_hotter_and_counted_without_bias(samples, monkeypatch, tmp_path):
+def test_several_samples_are_drawn_hotter_and_counted_together(samples, monkeypatch, tmp_path):
     lines = (samples / "humaneval_20.jsonl").read_text().split("\n")[:2]
     (tmp_path / "two.jsonl").write_text("\n".join(lines) + "\n")
     solutions = [json.loads(line)["canonical_solution"] for line in lines]
@@ -164,9 +164,8 @@ def test_several_samples_are_drawn_hotter_and_counted_without_bias(samples, monk
             return [solutions[0], "    return 1", solutions[0], "    pass"] + ["    pass"] * 4
 
     file = (str(tmp_path / "two.jsonl"), None)
-    once, often = code_benchmarks.ask_code(Planted(), "humaneval", file, shots=0, samples=4, limit=None)
-    assert (once["metric"], once["value"]) == ("pass@1", 0.25)  # two of four, none of four
-    assert (often["metric"], often["value"], often["n"]) == ("pass@4", 0.5, 2)
+    row = code_benchmarks.ask_code(Planted(), "humaneval", file, shots=0, samples=4, limit=None)
+    assert (row["metric"], row["value"], row["n"]) == ("pass@4", 0.5, 2)  # two of four passed, and none of four
 
 
 def test_quacs_questions_follow_each_other_and_are_graded_by_words(tmp_path):
