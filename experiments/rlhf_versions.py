@@ -27,7 +27,8 @@ from llama_jax.evaluation.instruction_world import compare_answers, play, scores
 from llama_jax.evaluation.versions import write_versions_report
 from llama_jax.generation.llama import Llama
 from llama_jax.stages import rlhf
-from llama_jax.stages.rlhf import Collected, RLHFConfig
+from llama_jax.stages.rlhf import Collected
+from llama_jax.stages.rlhf_config import RLHFConfig
 from llama_jax.training.run_folder import make_folder, write_rows
 
 paper_7b = RLHFConfig()

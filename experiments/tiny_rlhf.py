@@ -14,7 +14,7 @@ from llama_jax.data.pairs import PreferenceConfig
 from llama_jax.stages.ppo_config import CONSTANT, PPOConfig
 from llama_jax.stages.rejection import RejectionConfig
 from llama_jax.stages.reward import RewardConfig
-from llama_jax.stages.rlhf import RLHFConfig
+from llama_jax.stages.rlhf_config import RLHFConfig
 from llama_jax.stages.sft import SFTConfig
 from llama_jax.training.loop import LoopConfig
 from llama_jax.training.optimizer import OptimizerConfig

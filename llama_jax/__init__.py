@@ -53,7 +53,7 @@ _PUBLIC = {name: ("llama_jax.config", name) for name in ("LlamaConfig", *_PRESET
     "PromptsConfig": ("llama_jax.data.prompts", "PromptsConfig"),
     "RejectionConfig": ("llama_jax.stages.rejection", "RejectionConfig"),
     "reject": ("llama_jax.stages.rejection", "run"),
-    "RLHFConfig": ("llama_jax.stages.rlhf", "RLHFConfig"),
+    "RLHFConfig": ("llama_jax.stages.rlhf_config", "RLHFConfig"),
     "rlhf": ("llama_jax.stages.rlhf", "run"),
     "write_versions_report": ("llama_jax.evaluation.versions", "write_versions_report"),
     "best_of_n": ("llama_jax.evaluation.best_of_n", "best_of_n"),

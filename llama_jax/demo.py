@@ -21,7 +21,7 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.recipes import load_recipe
 from llama_jax.stages import pretrain, sft
 from llama_jax.stages.pretrain import PretrainConfig
-from llama_jax.stages.rlhf import RLHFConfig
+from llama_jax.stages.rlhf_config import RLHFConfig
 from llama_jax.stages.sft import SFTConfig
 from llama_jax.training.held_out import make_held_out_loss
 from llama_jax.training.metrics import format_duration, say

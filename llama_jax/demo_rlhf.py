@@ -19,7 +19,9 @@ from llama_jax.generation.llama import Llama
 from llama_jax.recipes import load_recipe
 from llama_jax.stages import distillation, rlhf, sft
 from llama_jax.stages.distillation import DistillationConfig
-from llama_jax.stages.rlhf import Collected, RLHFConfig
+from llama_jax.stages.rlhf import Collected
+from llama_jax.stages.rlhf_config import RLHFConfig
+from llama_jax.stages.rlhf_version import plan
 from llama_jax.stages.sft import SFTConfig
 from llama_jax.training.run_folder import write_rows
 
@@ -102,7 +104,7 @@ def learn_from_preferences(config: RLHFConfig, sizes: Sizes) -> dict[str, str]:
     rlhf.run(
         config, annotate=lambda _, llama: annotators_compare(llama, config.seed, sizes), report=write_versions_report
     )
-    version = rlhf.plan(config, 1)
+    version = plan(config, 1)
     return {"safety": version.safety.out, "RS": version.sft.out, "PPO": version.model}
 
 

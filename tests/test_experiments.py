@@ -14,7 +14,7 @@ from llama_jax.recipes import load_recipe
 from llama_jax.stages.ppo import PPOConfig
 from llama_jax.stages.pretrain import PretrainConfig
 from llama_jax.stages.reward import RewardConfig
-from llama_jax.stages.rlhf import RLHFConfig
+from llama_jax.stages.rlhf_config import RLHFConfig
 from llama_jax.stages.sft import SFTConfig
 from llama_jax.training.metrics import read_metrics
 

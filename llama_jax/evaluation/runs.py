@@ -25,7 +25,7 @@ STAGES = {
     "dpo": ("Direct preference optimisation", "dpo.DPOConfig"),
     "rejection": ("Rejection sampling (paper 3.2.3)", "rejection.RejectionConfig"),
     "ppo": ("PPO (paper 3.2.3)", "ppo_config.PPOConfig"),
-    "rlhf": ("Versions of a chat model (paper 3.2.3)", "rlhf.RLHFConfig"),
+    "rlhf": ("Versions of a chat model (paper 3.2.3)", "rlhf_config.RLHFConfig"),
     "ghost_attention": ("Ghost Attention (paper 3.3)", "ghost_attention.GhostAttentionConfig"),
     "distillation": ("Safety context distillation (paper 4.2.4)", "distillation.DistillationConfig"),
 }

@@ -164,7 +164,8 @@ Examples:
 def rlhf(argv: Sequence[str]) -> None:
     """Takes a checkpoint or a recipe, lets the flags override its fields, and makes all versions with their report."""
     from llama_jax.evaluation.versions import write_versions_report
-    from llama_jax.stages.rlhf import RLHFConfig, run
+    from llama_jax.stages.rlhf import run
+    from llama_jax.stages.rlhf_config import RLHFConfig
 
     text = """Make versions of a chat model from preferences (paper 3.2): V1 to V4 by rejection sampling, V5 with PPO on top.
 

@@ -17,7 +17,7 @@ from llama_jax.stages.ppo_config import PPOConfig
 from llama_jax.stages.pretrain import PretrainConfig
 from llama_jax.stages.rejection import RejectionConfig
 from llama_jax.stages.reward import RewardConfig
-from llama_jax.stages.rlhf import RLHFConfig
+from llama_jax.stages.rlhf_config import RLHFConfig
 from llama_jax.stages.sft import SFTConfig
 
 PNG = b"\x89PNG\r\n\x1a\n planted"

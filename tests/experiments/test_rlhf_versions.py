@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments import rlhf_versions
-from llama_jax.stages.rlhf import plan
+from llama_jax.stages.rlhf_version import plan
 
 
 def test_the_experiment_hands_the_driver_what_it_says(tmp_path, monkeypatch, capsys):

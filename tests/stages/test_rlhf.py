@@ -24,8 +24,10 @@ from llama_jax.evaluation.versions import read_versions, write_versions_report
 from llama_jax.generation import parts
 from llama_jax.generation.llama import Completion
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.stages import ppo, reward, rlhf, sft
-from llama_jax.stages.rlhf import Collected, RLHFConfig, plan, run
+from llama_jax.stages import ppo, reward, rlhf, rlhf_version, sft
+from llama_jax.stages.rlhf import Collected, run
+from llama_jax.stages.rlhf_config import RLHFConfig
+from llama_jax.stages.rlhf_version import mixed, plan
 from llama_jax.text.chat import Llama2Chat, Message
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.checkpoint import Checkpoints
@@ -90,10 +92,10 @@ class Stages:
         self.given: dict[str, object] = {}
         self.events = 0
         for name in ("reward", "sft", "ppo"):
-            patch.setattr(getattr(rlhf, name), "run", getattr(self, name))
-        patch.setattr(rlhf.rejection, "run", self.reject)
-        patch.setattr(rlhf, "find_judge", lambda path, template: Path(path))
-        patch.setattr(rlhf, "make_score", lambda path, mesh: self.score_of(path))
+            patch.setattr(getattr(rlhf_version, name), "run", getattr(self, name))
+        patch.setattr(rlhf_version.rejection, "run", self.reject)
+        patch.setattr(rlhf_version, "find_judge", lambda path, template: Path(path))
+        patch.setattr(rlhf_version, "make_score", lambda path, mesh: self.score_of(path))
         patch.setattr(rlhf.Llama, "load", self.load)
         written = rlhf.write_whole
 
@@ -219,9 +221,9 @@ def test_the_ambiguous_is_a_field(config, base):
 
 def test_the_mixes_are_shares_of_pairs(sources):
     own, others = [sources["h1"], sources["h2"]], [sources["s1"], sources["s2"]]
-    np.testing.assert_allclose(rlhf.mixed(own, others, 0.5), [0.375, 0.125, 1 / 6, 1 / 3])
-    np.testing.assert_allclose(rlhf.mixed(others, own, 0.9), [0.3, 0.6, 0.075, 0.025])
-    assert rlhf.mixed(own, [], 0.5) == ()
+    np.testing.assert_allclose(mixed(own, others, 0.5), [0.375, 0.125, 1 / 6, 1 / 3])
+    np.testing.assert_allclose(mixed(others, own, 0.9), [0.3, 0.6, 0.075, 0.025])
+    assert mixed(own, [], 0.5) == ()
 
 
 def test_the_stages_follow_each_other_and_judges_are_the_versions_own(config, base, monkeypatch):
@@ -363,7 +365,7 @@ def test_sigterm_between_the_loops_ends_at_once_and_is_gone_on_with(config, base
     monkeypatch.setattr(report, "write_versions_report", lambda folder: None)
     with monkeypatch.context() as patch:
         before = Stages(base, patch)
-        patch.setattr(rlhf, "open_rows", told_to_stop)
+        patch.setattr(rlhf_version, "open_rows", told_to_stop)
         assert cli.main(["rlhf", str(base), *words]) == 42
     assert "SIGTERM received; start it again to go on" in capsys.readouterr().err and before.calls == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -454,7 +456,7 @@ def test_a_stages_complaint_says_how_its_settings_are_given(config, base, monkey
     def refuse(config) -> None:
         raise UserError("--pairs 512 is too much; try --pairs 4")
 
-    monkeypatch.setattr(rlhf.reward, "run", refuse)
+    monkeypatch.setattr(rlhf_version.reward, "run", refuse)
     with pytest.raises(UserError, match=r"try --pairs 4\n\(a setting of this stage has --reward. before its name\)"):
         run(config)
 
