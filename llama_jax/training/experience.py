@@ -218,4 +218,4 @@ def _log_probs(model: Transformer, rows: AnswerRows, temperature: float, compute
 
 
 def _values(critic: RewardModel, rows: AnswerRows, compute: Compute) -> tuple[jax.Array]:
-    return (constrain(token_values(critic, rows.tokens_BT, compute, rows.segment_ids_BT), None, None),)
+    return (constrain(token_values(critic, rows.tokens_BT, compute, segment_ids_BT=rows.segment_ids_BT), None, None),)

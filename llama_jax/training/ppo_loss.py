@@ -129,9 +129,7 @@ def policy_log_probs(
     Rows are sequences, or hold several, told apart by `segment_ids_BT`. Given a mask, what is not finite in the hidden states
     outside of it stays there, and the results there mean nothing.
     """
-    x_BTD = model.hidden(tokens_BT, **_apart(segment_ids_BT), compute=compute)
-    if answer_mask_BT is not None:
-        x_BTD = jnp.where(answer_mask_BT[..., None], x_BTD, 0)
+    x_BTD = _hidden(model, tokens_BT, compute, answer_mask_BT, segment_ids_BT)
     head_DV = model.output_head()
     if isinstance(head_DV, Int8):  # frozen: widened once, not for every chunk of tokens
         head_DV = dequantize(head_DV)
@@ -139,17 +137,33 @@ def policy_log_probs(
 
 
 def token_values(
-    model: RewardModel, tokens_BT: jax.Array, compute: Compute, segment_ids_BT: jax.Array | None = None
+    model: RewardModel,
+    tokens_BT: jax.Array,
+    compute: Compute,
+    answer_mask_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """The critic's estimate at every place, from the tokens of its segment up to there: (B, T), float32."""
-    return model.read(model.trunk.hidden(tokens_BT, **_apart(segment_ids_BT), compute=compute))
+    """The critic's estimate at every place, from the tokens of its segment up to there: (B, T), float32; mask and segments as
+    in `policy_log_probs`.
+    """
+    return model.read(_hidden(model.trunk, tokens_BT, compute, answer_mask_BT, segment_ids_BT))
 
 
-def _apart(segment_ids_BT: jax.Array | None) -> dict[str, jax.Array]:
-    """What a transformer needs to know of sequences that share rows."""
-    if segment_ids_BT is None:
-        return {}
-    return {"positions_BT": positions(segment_ids_BT), "segment_ids_BT": segment_ids_BT}
+def _hidden(
+    trunk: Transformer,
+    tokens_BT: jax.Array,
+    compute: Compute,
+    answer_mask_BT: jax.Array | None,
+    segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    """Final hidden states (B, T, D) of sequences that may share rows; given a mask, zeros outside of it: a head's gradient is a
+    sum over all places, in which 0 times what is not finite would not be 0.
+    """
+    apart = {}
+    if segment_ids_BT is not None:
+        apart = {"positions_BT": positions(segment_ids_BT), "segment_ids_BT": segment_ids_BT}
+    x_BTD = trunk.hidden(tokens_BT, **apart, compute=compute)
+    return x_BTD if answer_mask_BT is None else jnp.where(answer_mask_BT[..., None], x_BTD, 0)
 
 
 def policy_objective(clip: float, temperature: float) -> Objective:
@@ -195,7 +209,7 @@ def value_objective(clip: float | None = None) -> Objective:
         values_BT, old_values_BT, returns_BT = (
             jnp.where(mask_BT, a, 0.0)
             for a in (
-                token_values(model, batch.tokens_BT, compute, batch.segment_ids_BT),
+                token_values(model, batch.tokens_BT, compute, mask_BT, batch.segment_ids_BT),
                 batch.old_values_BT,
                 batch.returns_BT,
             )

@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from llama_jax.config import Compute
-from llama_jax.model.heads import with_scalar_head, without_head
+from llama_jax.model.heads import RewardModel, with_scalar_head, without_head
 from llama_jax.model.quantize import quantize_model
 from llama_jax.model.transformer import shardings
 from llama_jax.parallel.mesh import make_mesh
@@ -33,6 +33,7 @@ from tests.training.tiny import FP32, KEEP_GRADIENT, MODEL, relative_error
 
 ROWS, T, V = 8, 16, MODEL.vocab_size
 CLIP, TEMPERATURE = 0.2, 0.7
+OBJECTIVES = {"policy": policy_objective(CLIP, TEMPERATURE), "value": value_objective()}
 
 log_probs_of = jax.jit(policy_log_probs, static_argnums=(3, 4))
 
@@ -159,17 +160,20 @@ def test_a_models_log_probs_are_those_of_its_logits_at_the_temperature_quantised
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_hidden_states_outside_of_answers_reach_neither_loss_nor_gradient(poison):
+@pytest.mark.parametrize("kind", ["policy", "value"])
+def test_hidden_states_outside_of_answers_reach_neither_loss_nor_gradient(kind, poison):
     data, random = experience(), np.random.default_rng(1)
-    x_BTD, head_DV = random.normal(size=(ROWS, T, 8)), jnp.asarray(random.normal(size=(8, V)), jnp.float32)
+    x_BTD = random.normal(size=(ROWS, T, 8))
+    head = jnp.asarray(random.normal(size=(8, V) if kind == "policy" else 8), jnp.float32)
 
-    def loss(x_BTD, head_DV):
-        stub = SimpleNamespace(hidden=lambda tokens, **_: x_BTD, output_head=lambda: head_DV)
-        return policy_objective(CLIP, TEMPERATURE).sums(stub, data, weights_of(data), FP32).loss
+    def loss(x_BTD, head):
+        trunk = SimpleNamespace(hidden=lambda tokens, **_: x_BTD, output_head=lambda: head)
+        stub = trunk if kind == "policy" else RewardModel(trunk, head, jnp.zeros(()))
+        return OBJECTIVES[kind].sums(stub, data, weights_of(data), FP32).loss
 
     inputs = (jnp.asarray(np.where(data.answer_mask_BT[..., None], x_BTD, bad), jnp.float32) for bad in (0, poison))
     of = jax.jit(jax.value_and_grad(loss, (0, 1)))
-    clean, dirty = (of(x, head_DV) for x in inputs)
+    clean, dirty = (of(x, head) for x in inputs)
     for ours, theirs in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -327,9 +331,6 @@ def test_values_are_read_in_float32_whatever_the_trunks_precision(critic):
 
 
 # Whole steps
-
-
-OBJECTIVES = {"policy": policy_objective(CLIP, TEMPERATURE), "value": value_objective()}
 
 
 @cache
