@@ -6,10 +6,19 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
+import jax
+import pytest
+
+from llama_jax.errors import Preempted
+from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.checkpoint import read_metadata
 from llama_jax.training.metrics import read_metrics
+from llama_jax.training.preemption import StopSignal
 
 WORDS = ("the", "plain", "rain", "in", "spain", "stays", "mainly", "on", "quick", "brown", "fox", "and", "lazy", "1984")
 STEPS = 20
@@ -108,3 +117,24 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     """Equal to the bit: every logged number, every array of the last checkpoint, and the place in the data."""
     assert learned(ours) == learned(theirs)
     assert json.dumps(newest(ours), sort_keys=True) == json.dumps(newest(theirs), sort_keys=True)
+
+
+def on_one_device(stage: ModuleType) -> Callable[[], Iterator[None]]:
+    """A fixture: a module's runs of a stage take the first of the eight devices, and what they compile is kept."""
+
+    @pytest.fixture(scope="module", autouse=True)
+    def one_device():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage, "make_mesh", lambda text: make_mesh(text, jax.devices()[:1]))
+            yield
+
+    return one_device
+
+
+@contextmanager
+def stopped_at(place: int, saved: str) -> Iterator[None]:
+    """SIGTERM comes where a run asks for the `place`-th time; then it ends, and says that it saved, for example, "step 7"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopSignal, "received", lambda self, asked: "SIGTERM" if asked == place else None)
+        with pytest.raises(Preempted, match=f"{saved} is saved"):
+            yield

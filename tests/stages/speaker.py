@@ -1,11 +1,54 @@
-"""In place of a `Llama`: what it says is a function of what it is asked and of the seed."""
+"""In place of a `Llama`: what it says is a function of what it is asked and of the seed; and what it is asked."""
 
+import json
+import os
+import signal
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from llama_jax.errors import Preempted
 from llama_jax.generation.llama import Completion
 from llama_jax.text.tokenizer import Tokenizer
+
+QUESTIONS = [f"what is {number} and {number * 7 % 10}?" for number in range(10)]
+
+
+def row_of(number: int, **more: str) -> dict:
+    """A question in dialogues of both forms, open and answered; every third has a system message and a turn before."""
+    before = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "what is the old one?"},
+        {"role": "assistant", "content": "the answer"},
+    ]
+    asked = [*(before if number % 3 == 0 else []), {"role": "user", "content": QUESTIONS[number]}]
+    return {"messages": asked + [{"role": "assistant", "content": "An old answer."}] * (number % 2), **more}
+
+
+def value(dialogues) -> list[float]:
+    """The number that was answered, as a score."""
+    return [float(dialogue[-1].content) for dialogue in dialogues]
+
+
+def rows_of(config: Any) -> list[dict]:
+    """The dialogues that a run has made."""
+    return [json.loads(line) for line in (Path(config.out) / "dialogues.jsonl").read_text().splitlines()]
+
+
+def interrupt() -> None:
+    """Ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def terminate() -> None:
+    """Tells a run to stop as a scheduler does."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+either_stop = pytest.mark.parametrize(("stop", "error"), [(interrupt, KeyboardInterrupt), (terminate, Preempted)])
 
 
 class Speaker:
@@ -13,7 +56,8 @@ class Speaker:
     prompt with its last answer.
     """
 
-    def __init__(self, base: Path, context: int, say=None, stop_at: int = 0, stop=None):
+    def __init__(self, base: Path, say=None, stop_at: int = 0, stop=None):
+        context = json.loads((base / "config.json").read_text())["max_position_embeddings"]
         self.tokenizer = Tokenizer.load(base / "tokenizer.model")
         self.model = SimpleNamespace(config=SimpleNamespace(context_length=context))
         self.calls: list[tuple[str, int, float]] = []

@@ -4,8 +4,6 @@ preprompt had been there.
 
 import json
 import math
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,19 +13,18 @@ from llama_jax import cli
 from llama_jax.data.examples import DialogueConfig, load_examples
 from llama_jax.data.prompts import PromptsConfig
 from llama_jax.data.samples import read_samples
-from llama_jax.errors import Preempted, UserError
+from llama_jax.errors import UserError
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.replies import reply_to, seed_of
 from llama_jax.stages import distillation
 from llama_jax.stages.distillation import DistillationConfig, run
 from llama_jax.text.chat import Llama2Chat, Message
 from llama_jax.text.tokenizer import Tokenizer
-from tests.stages.speaker import Speaker
+from tests.stages.speaker import QUESTIONS, either_stop, interrupt, row_of, rows_of, value
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 CONTEXT = 192
 RISKS = ("hateful", "", "illicit", "new", "", "hateful", "illicit", "new", "hateful", "")
-QUESTIONS = [f"what is {number} and {number * 7 % 10}?" for number in range(10)]
 ADVERSARIAL = [number for number in range(10) if RISKS[number]]
 PREPROMPTS = {
     "generic": ["Be wise.", "Be safe.", "Be good."],
@@ -43,18 +40,6 @@ def base(tmp_path_factory) -> Path:
     return write_tiny_checkpoint(folder, [words] * 20, vocab_size=330, context=CONTEXT)
 
 
-def row_of(number: int) -> dict:
-    """Every third prompt has a system message and a turn before its question, every other one an old answer behind it."""
-    before = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "what is the old one?"},
-        {"role": "assistant", "content": "the answer"},
-    ]
-    asked = [*(before if number % 3 == 0 else []), {"role": "user", "content": QUESTIONS[number]}]
-    answer = [{"role": "assistant", "content": "An old answer."}] * (number % 2)
-    return {"messages": asked + answer, "risk": RISKS[number]}
-
-
 def written(path: Path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -62,7 +47,9 @@ def written(path: Path, rows) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> str:
-    return written(tmp_path_factory.mktemp("data") / "prompts.jsonl", map(row_of, range(10)))
+    return written(
+        tmp_path_factory.mktemp("data") / "prompts.jsonl", (row_of(number, risk=RISKS[number]) for number in range(10))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +60,6 @@ def preprompts(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def speak(base, monkeypatch):
-    """Lets a speaker take the model's place, and gives it."""
-
-    def use(*arguments, **options) -> Speaker:
-        speaker = Speaker(base, CONTEXT, *arguments, **options)
-        monkeypatch.setattr(distillation.Llama, "load", lambda *_, **__: speaker)
-        return speaker
-
-    return use
-
-
-@pytest.fixture
 def recipe(base, source, preprompts, tmp_path):
     def make(**changes) -> DistillationConfig:
         settings = {"checkpoint": str(base), "max_new_tokens": 24, "batch": 12, "preprompts": preprompts}
@@ -92,15 +67,6 @@ def recipe(base, source, preprompts, tmp_path):
         return DistillationConfig(**settings | changes)
 
     return make
-
-
-def value(dialogues) -> list[float]:
-    """The number that was answered."""
-    return [float(dialogue[-1].content) for dialogue in dialogues]
-
-
-def rows_of(config: DistillationConfig) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.out) / "dialogues.jsonl").read_text().splitlines()]
 
 
 def check(kept: list[dict], samples: list[dict], score=float) -> None:
@@ -254,15 +220,7 @@ def test_a_real_model_gives_each_prompt_what_it_would_by_itself(base, recipe, ba
             assert (one["text"], one["ended"]) == tuple(alone)
 
 
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.mark.parametrize(("stop", "error"), [(interrupt, KeyboardInterrupt), (terminate, Preempted)])
+@either_stop
 def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(speak, recipe, tmp_path, stop, error):
     whole, config = (recipe(out=str(tmp_path / name), batch=6, samples=2) for name in ("whole", "stopped"))
     everything = speak()

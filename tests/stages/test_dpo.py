@@ -5,7 +5,6 @@ import json
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,30 +13,22 @@ from llama_jax.config import Compute
 from llama_jax.conversion.load import load_model
 from llama_jax.data.pairs import PreferenceConfig, load_pairs
 from llama_jax.data.preferences import Strength
-from llama_jax.errors import Preempted, UserError
+from llama_jax.errors import UserError
 from llama_jax.evaluation.rewards import read_scores, write_dpo_report
 from llama_jax.generation.scoring import score_tokens
 from llama_jax.model.lora import LoraConfig
-from llama_jax.parallel.mesh import make_mesh
 from llama_jax.stages import dpo
 from llama_jax.stages.dpo import DPOConfig
 from llama_jax.text.chat import Llama2Chat
-from llama_jax.training import loop
 from llama_jax.training.checkpoint import find_checkpoints, read_metadata
 from llama_jax.training.held_out_pairs import accuracy_of
 from llama_jax.training.loop import LoopConfig
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.optimizer import OptimizerConfig
 from tests.stages.graded_pairs import rows, write, write_base
-from tests.stages.runs import assert_same_run
+from tests.stages.runs import assert_same_run, on_one_device, stopped_at
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Runs of this module take the first of the eight devices, and what they compile is kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo, "make_mesh", lambda text: make_mesh(text, jax.devices()[:1]))
-        yield
+one_device = on_one_device(dpo)
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +111,10 @@ def test_the_saved_model_has_the_rewards_that_were_reported(trained, recipe):
     np.testing.assert_allclose(rewards(trained, "test"), by_the_models(trained, recipe), atol=2e-4)
 
 
-def stop_at(step: int, monkeypatch, config: DPOConfig) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.StopSignal, "received", lambda self, done: "SIGTERM" if done == step else None)
-        with pytest.raises(Preempted, match=f"step {step} is saved"):
-            dpo.run(config)
-
-
-def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(recipe, trained, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(recipe, trained, tmp_path):
     config = dataclasses.replace(recipe, out=str(tmp_path / "run"))
-    stop_at(7, monkeypatch, config)
+    with stopped_at(7, "step 7"):
+        dpo.run(config)
     with pytest.raises(UserError, match="begun with another recipe:\n  beta: 0.1 there, 0.2 here"):
         dpo.run(dataclasses.replace(config, beta=0.2))
     others = dataclasses.replace(recipe.data, sources=(write(tmp_path / "others.jsonl", rows(3, 600)),))
@@ -140,12 +125,13 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(recipe, trained, tmp_
     assert (tmp_path / "run" / "scores.jsonl").read_bytes() == (trained / "scores.jsonl").read_bytes()
 
 
-def test_adapters_learn_beside_their_reference_and_are_a_model_like_any_other(recipe, tmp_path, monkeypatch):
+def test_adapters_learn_beside_their_reference_and_are_a_model_like_any_other(recipe, tmp_path):
     """With dropout, which is off while scoring, and after a stop; they alone are saved."""
     lora = LoraConfig(rank=8, dropout=0.1)
     optimizer = dataclasses.replace(recipe.optimizer, peak_lr=1e-2)
     config = dataclasses.replace(recipe, train="lora", lora=lora, optimizer=optimizer, out=str(tmp_path / "run"))
-    stop_at(7, monkeypatch, config)
+    with stopped_at(7, "step 7"):
+        dpo.run(config)
     dpo.run(dataclasses.replace(config, resume="must"))
     assert accuracy_of(rewards(tmp_path / "run", "test", Strength.SIGNIFICANTLY)) > 0.9
     np.testing.assert_allclose(rewards(tmp_path / "run", "test"), by_the_models(tmp_path / "run", recipe), atol=5e-4)

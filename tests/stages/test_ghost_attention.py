@@ -2,29 +2,22 @@
 
 import itertools
 import json
-import os
-import signal
 import zlib
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from llama_jax import cli
-from llama_jax.config import LlamaConfig
-from llama_jax.conversion.huggingface import HuggingFaceSink
 from llama_jax.data.constraints import KINDS, draw_instruction
 from llama_jax.data.examples import DialogueConfig, load_examples
 from llama_jax.data.questions import QuestionsConfig
-from llama_jax.errors import Preempted, UserError
-from llama_jax.model import transformer
+from llama_jax.errors import UserError
 from llama_jax.stages import ghost_attention
 from llama_jax.stages.ghost_attention import GhostAttentionConfig, run
 from llama_jax.text.chat import Llama2Chat
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.training.checkpoint import flat
-from tests.stages.speaker import Speaker
+from tests.stages.speaker import either_stop, interrupt, rows_of
+from tests.tiny_checkpoint import write_tiny_checkpoint
 
 CONTEXT = 4096
 QUESTIONS = [[f"what is {number} and {turn}?" for turn in range(1 + number % 4)] for number in range(10)]
@@ -32,21 +25,9 @@ QUESTIONS = [[f"what is {number} and {turn}?" for turn in range(1 + number % 4)]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A Hugging Face folder, of which the tests use the tokenizer and the context alone."""
-    root = tmp_path_factory.mktemp("base")
+    """Of which the tests use the tokenizer and the context alone."""
     words = "[INST] You enjoy Always act as Napoleon Figure Hobby Language what is and [/INST] <<SYS>> 0 1 2\n"
-    tokenizer = Tokenizer.train([words] * 20, root / "tokenizer.model", vocab_size=330)
-    config = LlamaConfig(
-        dim=8, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=8, head_dim=8, vocab_size=330, context_length=CONTEXT
-    )
-    model = flat(transformer.init(config, jax.random.key(0)))
-    folder = root / "hf"
-    folder.mkdir()
-    dtypes = dict.fromkeys(model, np.dtype(np.float32))
-    with HuggingFaceSink(folder, config, dtypes, {"tokenizer.model": tokenizer.model_bytes}) as sink:
-        for name, layer in sink.order:
-            sink.write(name, layer, np.asarray(model[name]) if layer is None else np.asarray(model[name])[layer])
-    return folder
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("base") / "hf", [words] * 20, vocab_size=330, context=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +45,6 @@ def source(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def speak(base, monkeypatch):
-    """Lets a speaker take the model's place, and gives it."""
-
-    def use(*arguments, **options) -> Speaker:
-        speaker = Speaker(base, CONTEXT, *arguments, **options)
-        monkeypatch.setattr(ghost_attention.Llama, "load", lambda *_, **__: speaker)
-        return speaker
-
-    return use
-
-
-@pytest.fixture
 def recipe(base, source, tmp_path):
     def make(**changes) -> GhostAttentionConfig:
         data = QuestionsConfig(sources=(source,), join=changes.pop("join", 1))
@@ -83,10 +52,6 @@ def recipe(base, source, tmp_path):
         return GhostAttentionConfig(data=data, **settings)
 
     return make
-
-
-def rows_of(config: GhostAttentionConfig) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.out) / "dialogues.jsonl").read_text().splitlines()]
 
 
 def said_in(row: dict, role: str) -> list[str]:
@@ -199,15 +164,7 @@ def test_dialogues_may_be_joined(speak, recipe):
     assert [said_in(row, "user")[1:] for row in rows] == [questions[1:] for questions in joined]
 
 
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.mark.parametrize(("stop", "error"), [(interrupt, KeyboardInterrupt), (terminate, Preempted)])
+@either_stop
 def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(speak, recipe, tmp_path, stop, error):
     whole, config = recipe(out=str(tmp_path / "whole"), dialogues=14), recipe(dialogues=14)
     everything = speak()

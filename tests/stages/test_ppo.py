@@ -14,7 +14,7 @@ from llama_jax import cli
 from llama_jax.config import Compute
 from llama_jax.conversion.load import load_model
 from llama_jax.data.prompts import PromptsConfig
-from llama_jax.errors import Preempted, UserError
+from llama_jax.errors import UserError
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.ppo_models import Actors, first_critic, read_frozen
 from llama_jax.generation.rewards import load_reward_model, reward_info
@@ -28,19 +28,14 @@ from llama_jax.training.held_out_pairs import Findings
 from llama_jax.training.loop import LoopConfig
 from llama_jax.training.metrics import read_metrics
 from tests.stages.reward_models import write_reward_model
-from tests.stages.runs import assert_same_run, newest
+from tests.stages.runs import assert_same_run, newest, on_one_device, stopped_at
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 QUESTIONS = [f"tell {thing} {number}" for thing in ("tea", "car", "sky", "sea") for number in range(10)]
 COMPUTE = Compute(dtype="float32", remat="none")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Runs of this module take the first of the eight devices, and what they compile is kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "make_mesh", lambda text: make_mesh(text, jax.devices()[:1]))
-        yield
+one_device = on_one_device(ppo)
 
 
 @pytest.fixture(scope="module")
@@ -262,12 +257,8 @@ def test_a_stop_changes_nothing_wherever_it_comes(recipe, judges, trained, tmp_p
     """After an iteration, and in the middle of one, between drawing and training."""
     for number, place in enumerate((1, 4)):  # 2 i: answers of iteration i are drawn; 2 i + 1: it is over
         config = dataclasses.replace(recipe, **judges, out=str(tmp_path / f"run{number}"))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                ppo.StopSignal, "received", lambda self, step, place=place: "SIGTERM" if step == place else None
-            )
-            with pytest.raises(Preempted, match=f"iteration {(place + 1) // 2} is saved"):
-                ppo.run(config)
+        with stopped_at(place, f"iteration {(place + 1) // 2}"):
+            ppo.run(config)
         ppo.run(dataclasses.replace(config, resume="must"))
         assert_same_run(Path(config.out), trained)
 

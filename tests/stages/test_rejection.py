@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from llama_jax.config import LLAMA2_7B
 from llama_jax.data.examples import DialogueConfig, load_examples
 from llama_jax.data.prompts import PromptsConfig
 from llama_jax.data.samples import read_samples
-from llama_jax.errors import Preempted, UserError
+from llama_jax.errors import UserError
 from llama_jax.generation import answer_scores
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.replies import reply_to, seed_of
@@ -24,11 +22,10 @@ from llama_jax.stages.rejection import RejectionConfig, run
 from llama_jax.text.chat import Llama2Chat, Message, Plain
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.held_out_pairs import Findings
-from tests.stages.speaker import Speaker
+from tests.stages.speaker import QUESTIONS, either_stop, interrupt, row_of, rows_of, value
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 CONTEXT = 192
-QUESTIONS = [f"what is {number} and {number * 7 % 10}?" for number in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +33,6 @@ def base(tmp_path_factory) -> Path:
     words = "[INST] what is and [/INST] <<SYS>> 0 1 2 the answer old one\n"
     folder = tmp_path_factory.mktemp("base") / "hf"
     return write_tiny_checkpoint(folder, [words] * 20, vocab_size=320, context=CONTEXT)
-
-
-def row_of(number: int) -> dict:
-    """The same question in dialogues of both forms: open, and answered; every third has a system message and a turn before."""
-    before = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "what is the old one?"},
-        {"role": "assistant", "content": "the answer"},
-    ]
-    asked = [*(before if number % 3 == 0 else []), {"role": "user", "content": QUESTIONS[number]}]
-    return {"messages": asked + [{"role": "assistant", "content": "An old answer."}] * (number % 2)}
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +43,6 @@ def source(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def speak(base, monkeypatch):
-    """Lets a speaker take the model's place, and gives it."""
-
-    def use(*arguments, **options) -> Speaker:
-        speaker = Speaker(base, CONTEXT, *arguments, **options)
-        monkeypatch.setattr(rejection.Llama, "load", lambda *_, **__: speaker)
-        return speaker
-
-    return use
-
-
-@pytest.fixture
 def recipe(base, source, tmp_path):
     def make(**changes) -> RejectionConfig:
         settings = {"checkpoint": str(base), "max_new_tokens": 24, "samples": 4, "batch": 12}
@@ -76,15 +50,6 @@ def recipe(base, source, tmp_path):
         return RejectionConfig(**settings | changes)
 
     return make
-
-
-def value(dialogues) -> list[float]:
-    """The number that was answered."""
-    return [float(dialogue[-1].content) for dialogue in dialogues]
-
-
-def rows_of(config: RejectionConfig) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.out) / "dialogues.jsonl").read_text().splitlines()]
 
 
 def check(kept: list[dict], samples: list[dict], score=float) -> None:
@@ -194,15 +159,7 @@ def test_a_real_model_gives_each_prompt_what_it_would_by_itself(base, recipe, tm
     assert len({one["text"] for row in samples for one in row["samples"]}) > 50
 
 
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.mark.parametrize(("stop", "error"), [(interrupt, KeyboardInterrupt), (terminate, Preempted)])
+@either_stop
 def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(speak, recipe, tmp_path, stop, error):
     old = recipe(out=str(tmp_path / "old"), seed=5)
     speak()
@@ -238,7 +195,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(speak, recipe
 def test_samples_of_earlier_runs_win_where_they_are_better_by_this_runs_score(speak, recipe, tmp_path, capsys):
     """Scores of the earlier run, by another judge, count for nothing; its own prompts are kept too."""
     extra = tmp_path / "extra.jsonl"
-    rows = [*[row_of(number) for number in (9, 2, 4)], {"messages": [{"role": "user", "content": "what is old?"}]}]
+    rows = [*map(row_of, (9, 2, 4)), {"messages": [{"role": "user", "content": "what is old?"}]}]
     extra.write_text("".join(json.dumps(row) + "\n" for row in rows))
     old = recipe(out=str(tmp_path / "old"), data=PromptsConfig(sources=(str(extra),)), seed=5)
     speak()

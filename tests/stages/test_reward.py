@@ -14,7 +14,7 @@ from llama_jax.config import Compute
 from llama_jax.conversion.load import load_model
 from llama_jax.data.pairs import PreferenceConfig
 from llama_jax.data.preferences import Strength
-from llama_jax.errors import Preempted, UserError
+from llama_jax.errors import UserError
 from llama_jax.evaluation.rewards import read_scores
 from llama_jax.generation.rewards import load_reward_model, make_score, score_texts, warnings_of
 from llama_jax.model.lora import LoraConfig
@@ -22,22 +22,16 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.stages import reward
 from llama_jax.stages.reward import RewardConfig
 from llama_jax.text.chat import Message
-from llama_jax.training import held_out_pairs, loop
+from llama_jax.training import held_out_pairs
 from llama_jax.training.checkpoint import find_checkpoints, flat, read_metadata, restore_model
 from llama_jax.training.held_out_pairs import Findings, accuracy_of, length_correlation
 from llama_jax.training.loop import LoopConfig
 from llama_jax.training.optimizer import OptimizerConfig, warmed_up
 from llama_jax.training.preference_loss import pair_scores
 from tests.stages.graded_pairs import rows, write, write_base
-from tests.stages.runs import assert_same_run
+from tests.stages.runs import assert_same_run, on_one_device, stopped_at
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Runs of this module take the first of the eight devices, and what they compile is kept."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward, "make_mesh", lambda text: make_mesh(text, jax.devices()[:1]))
-        yield
+one_device = on_one_device(reward)
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +91,10 @@ def test_shuffled_labels_leave_it_at_chance_and_it_says_so(recipe, tmp_path, cap
     assert json.loads((tmp_path / "run" / "findings.json").read_text())["warnings"] == warnings_of(findings)
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(recipe, trained, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(recipe, trained, tmp_path):
     config = dataclasses.replace(recipe, out=str(tmp_path / "run"))
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.StopSignal, "received", lambda self, step: "SIGTERM" if step == 7 else None)
-        with pytest.raises(Preempted, match="step 7 is saved"):
-            reward.run(config)
+    with stopped_at(7, "step 7"):
+        reward.run(config)
     reward.run(dataclasses.replace(config, resume="must"))
     assert_same_run(tmp_path / "run", trained)
     assert (tmp_path / "run" / "scores.jsonl").read_bytes() == (trained / "scores.jsonl").read_bytes()
@@ -127,9 +119,7 @@ def test_the_saved_model_scores_dialogues_as_training_did(trained):
     assert 1e-5 < np.abs(narrow - expected[:, 0]).max() < 0.1 * expected.std()  # the trunk rounds, the head does not
 
 
-def test_adapters_learn_beside_a_frozen_model_and_are_a_reward_model_like_any_other(
-    recipe, trained, tmp_path, monkeypatch
-):
+def test_adapters_learn_beside_a_frozen_model_and_are_a_reward_model_like_any_other(recipe, trained, tmp_path):
     """With dropout, which is off while scoring; they alone are saved, and a stop changes nothing."""
     lora = LoraConfig(rank=8, dropout=0.1)
     optimizer = dataclasses.replace(recipe.optimizer, peak_lr=1e-2)
@@ -143,10 +133,8 @@ def test_adapters_learn_beside_a_frozen_model_and_are_a_reward_model_like_any_ot
     assert set(saved) - {"head_D", "bias"} == {
         f"trunk.layers.{target}.{factor}" for target in lora.targets for factor in ("a", "b")
     }
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.StopSignal, "received", lambda self, step: "SIGTERM" if step == 7 else None)
-        with pytest.raises(Preempted):
-            reward.run(dataclasses.replace(config, out=str(tmp_path / "parts")))
+    with stopped_at(7, "step 7"):
+        reward.run(dataclasses.replace(config, out=str(tmp_path / "parts")))
     reward.run(dataclasses.replace(config, out=str(tmp_path / "parts"), resume="must"))
     assert_same_run(tmp_path / "parts", tmp_path / "run")
 
