@@ -97,7 +97,8 @@ def run_ours(args: argparse.Namespace, batches: list, pause) -> None:
     from llama_jax.generation.rollouts import make_gather
     from llama_jax.model.heads import RewardModel, without_head
     from llama_jax.parallel.mesh import make_mesh
-    from llama_jax.stages import ppo
+    from llama_jax.stages import ppo, ppo_iteration, ppo_state
+    from llama_jax.stages.ppo_config import PPOConfig
     from llama_jax.text.chat import Llama2Chat
     from llama_jax.training.experience import Programs, make_answers
     from llama_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -105,7 +106,7 @@ def run_ours(args: argparse.Namespace, batches: list, pause) -> None:
 
     compute = Compute("float32", remat="none", loss_chunk=args.loss_chunk)
     optimizer = OptimizerConfig(LEARNING_RATE, 0, 1.0, B1, B2, EPS, DECAY)
-    config = ppo.PPOConfig(
+    config = PPOConfig(
         beta=BETA,
         gamma=GAMMA,
         lam=LAM,
@@ -126,21 +127,23 @@ def run_ours(args: argparse.Namespace, batches: list, pause) -> None:
         declared = actors.declared_policy(), actors.declared_critic()
         optimizers = [make_optimizer(optimizer, tree, 10_000) for tree in declared]
         length = 32 + args.new
-        prepared = ppo.Run(config, actors, Ids(SHAPE.vocab_size), Llama2Chat(), [], [], length, mesh, *optimizers)
+        prepared = ppo_iteration.Run(
+            config, actors, Ids(SHAPE.vocab_size), Llama2Chat(), [], [], length, mesh, *optimizers
+        )
         policy_step, critic_step, _ = ppo.compile_steps(prepared)
         model = ending_model(args.mean_length)
         judge = RewardModel(without_head(model), reward_head(), np.float32(0))
         states = []
         for weights, own, abstract in zip(
-            (model, judge), optimizers, ppo.describe_states(actors, optimizers, mesh), strict=True
+            (model, judge), optimizers, ppo_state.describe_states(actors, optimizers, mesh), strict=True
         ):
             layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             states.append(jax.jit(partial(new_state, optimizer=own), out_shardings=layout)(weights))
-        trained = ppo.Trained(*states)
+        trained = ppo_iteration.Trained(*states)
         frozen = jax.device_put(Frozen(model, None, judge, None).__dict__, trained.policy.step.sharding)
         programs = Programs(mesh, prepared.part, TEMPERATURE, compute)
         gather = make_gather(trained.policy.model, "float32")
-        parts = ppo.Parts(Frozen(**frozen), programs, gather, None, policy_step, critic_step)
+        parts = ppo_iteration.Parts(Frozen(**frozen), programs, gather, None, policy_step, critic_step)
 
         rows = make_answers(probe(args)[:, :1].tolist(), probe(args)[:, 1:].tolist(), 48)
         log_probs_BT, _ = programs.log_probs(parts.frozen.reference, rows)
@@ -149,10 +152,10 @@ def run_ours(args: argparse.Namespace, batches: list, pause) -> None:
         for number, batch in enumerate(batches):
             start = time.perf_counter()
             prompts = [Prompt((), ids, "") for ids in batch]
-            drawn = ppo.draw(prepared, parts, trained, prompts, number + 1)
+            drawn = ppo_iteration.draw(prepared, parts, trained, prompts, number + 1)
             generating = time.perf_counter() - start
-            experience, _ = ppo.experienced(prepared, parts, trained, prompts, drawn)
-            trained, _ = ppo.update(prepared, parts, trained, experience, number)
+            experience, _ = ppo_iteration.experienced(prepared, parts, trained, prompts, drawn)
+            trained, _ = ppo_iteration.update(prepared, parts, trained, experience, number)
             pause((generating, sum(len(one.ids) for one in drawn)))
 
 

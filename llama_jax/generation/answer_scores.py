@@ -53,11 +53,15 @@ def finite_scores(score: Score, prompts: Sequence[Dialogue], texts: Sequence[str
         scores = score(dialogues)
     except Exception as error:  # of code that is not ours: whatever it raises
         raise UserError(f"the score function failed: {type(error).__name__}: {error}") from error
-    values = np.array(_checked(scores, len(texts)))
-    if -math.inf in values:
-        number = values.tolist().index(-math.inf)
-        raise UserError(f"the score of the answer {texts[number][:200]!r} is -inf; expected a finite number")
-    return values.astype(np.float32)
+    values = _checked(scores, len(texts))
+    with np.errstate(over="ignore"):
+        values_B = np.array(values, np.float32)
+    if not np.isfinite(values_B).all():
+        number = int(np.argmin(np.isfinite(values_B)))
+        raise UserError(
+            f"the score of the answer {texts[number][:200]!r} is {values[number]}; expected a finite number, for 32 bits"
+        )
+    return values_B
 
 
 def _checked(scores: Sequence[float], count: int) -> list[float]:

@@ -25,7 +25,7 @@ from llama_jax.model.quantize import quantize_abstract
 from llama_jax.model.transformer import Transformer, abstract
 from llama_jax.parallel.mesh import RULES, check_divides, generation_layout, sharding
 from llama_jax.planning.programs import Job
-from llama_jax.stages import ppo, ppo_config
+from llama_jax.stages import ppo, ppo_config, ppo_state
 from llama_jax.stages.ppo_config import PPOConfig
 from llama_jax.text.chat import Llama2Chat
 from llama_jax.training.experience import abstract_rows, make_log_probs
@@ -122,7 +122,7 @@ def ppo_jobs(config: PPOConfig, model: LlamaConfig, sizes: dict[str, int], promp
 
     def models(mesh: Mesh) -> dict[str, Any]:
         """Everything that stays on the chips through an iteration."""
-        policy, critic = ppo.describe_states(actors, optimizers, mesh)
+        policy, critic = ppo_state.describe_states(actors, optimizers, mesh)
         reference = abstract_frozen(actors, mesh)[0] or abstract(model, mesh, config.compute.dtype)
         judges = [
             describe_shared(info, mesh)
@@ -140,7 +140,7 @@ def ppo_jobs(config: PPOConfig, model: LlamaConfig, sizes: dict[str, int], promp
         return lambda mesh: [tree for name, tree in models(mesh).items() if name not in names]
 
     def draw(mesh: Mesh) -> tuple[Any, tuple]:
-        policy, _ = ppo.describe_states(actors, optimizers, mesh)
+        policy, _ = ppo_state.describe_states(actors, optimizers, mesh)
         whole = assemble_policy(actors, policy.model, abstract_frozen(actors, mesh)[0])
         weights = laid_to_generate(whole, config.compute.dtype)
         return drawing(model, weights, rows, length, config.compute.dtype, mesh)

@@ -10,20 +10,18 @@ token; the critic is a model of its own that begins as the reward model, with an
 and advantages are whitened over the batch.
 """
 
-import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from optax import GradientTransformation
 
 from llama_jax.conversion.convert import open_pinned
@@ -35,11 +33,8 @@ from llama_jax.generation.answer_scores import Score
 from llama_jax.generation.ppo_models import (
     Actors,
     abstract_frozen,
-    abstract_trained,
     assemble_critic,
     assemble_policy,
-    first_critic,
-    first_policy,
     read_frozen,
 )
 from llama_jax.generation.rewards import trusted_judge
@@ -58,6 +53,7 @@ from llama_jax.stages.ppo_iteration import (
     times,
     update,
 )
+from llama_jax.stages.ppo_state import Best, begin, describe_states, save
 from llama_jax.text.chat import Llama2Chat, Plain, Template
 from llama_jax.training import compiled as compiling
 from llama_jax.training import step as steps
@@ -70,22 +66,6 @@ from llama_jax.training.ppo_loss import Experience, policy_objective, value_obje
 from llama_jax.training.preemption import StopSignal
 from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without, write_whole
 from llama_jax.training.step import TrainState
-
-
-@struct.dataclass
-class PPOState(TrainState):
-    """What a checkpoint holds: the policy's state with iterations as its `step`, and the critic's."""
-
-    policy_steps: jax.Array
-    """int32, gradient steps, which `step` counts in the state that trains."""
-    critic: TrainState
-
-
-class Best(NamedTuple):
-    """The evaluation with the highest mean reward so far."""
-
-    iteration: int = -1
-    reward: float = -math.inf
 
 
 def run(config: PPOConfig, *, score: Score | None = None) -> None:
@@ -139,7 +119,7 @@ def prepare(config: PPOConfig, mesh: Mesh, has_score: bool) -> Run:
     lora = config.lora if config.train == "lora" else None
     actors = Actors(checkpoint, model, lora, *judges, config.compute, config.int8, config.nf4)
     dialogues, found = read_prompts(config.data, template)
-    context = min(judge.config.context_length for judge in (actors, *filter(None, judges)))
+    context = min(one.config.context_length for one in (actors, *filter(None, judges)))
     prompts, left_out = encode_fitting(dialogues, tokenizer, template, context, config.max_new_tokens)
     say("\n".join(filter(None, (found, left_out))))
     prompts, held_out = hold_out(prompts, config.eval_prompts, config.seed)
@@ -147,10 +127,12 @@ def prepare(config: PPOConfig, mesh: Mesh, has_score: bool) -> Run:
     length = longest + -longest % (16 * ways("length"))
     config = with_micro_batches(config, ways("batch"))
     check_divides(mesh_sizes(mesh), model, config.mini_batch // config.micro_batches, length)
-    total = config.iterations * (config.batch // config.mini_batch)
+    per_iteration = config.batch // config.mini_batch
     optimizers = (
-        make_optimizer(config.optimizer, actors.declared_policy(), total),
-        make_optimizer(config.critic, actors.declared_critic(), total),
+        make_optimizer(
+            config.optimizer, actors.declared_policy(), (config.iterations - config.critic_warmup) * per_iteration
+        ),
+        make_optimizer(config.critic, actors.declared_critic(), config.iterations * per_iteration),
     )
     return Run(config, actors, tokenizer, template, prompts, held_out, length, mesh, *optimizers)
 
@@ -221,39 +203,6 @@ def describe_steps(
     return described
 
 
-def describe_states(
-    actors: Actors, optimizers: tuple[GradientTransformation, ...], mesh: Mesh
-) -> tuple[TrainState, TrainState]:
-    """The states of policy and critic as shapes, dtypes and shardings."""
-    trained = [abstract_trained(declared, mesh) for declared in (actors.declared_policy(), actors.declared_critic())]
-    offload = actors.compute.offload
-    return tuple(
-        steps.abstract_new_state(*pair, mesh, offload=offload) for pair in zip(trained, optimizers, strict=True)
-    )
-
-
-def begin(prepared: Run, saved: Checkpoints) -> tuple[Trained, int, Best]:
-    """The states of policy and critic to go on from, how many iterations they have behind them, and the best evaluation."""
-    optimizers = prepared.policy_optimizer, prepared.critic_optimizer
-    policy, critic = describe_states(prepared.actors, optimizers, prepared.mesh)
-    wanted = PPOState(**vars(policy) | {"policy_steps": policy.step, "critic": critic})
-    if restored := saved.restore_newest(wanted):
-        state, metadata = restored
-        say(f"resumed at iteration {int(state.step)} from {saved.folder}")
-        fields = {name: getattr(state, name) for name in vars(policy)} | {"step": state.policy_steps}
-        return Trained(TrainState(**fields), state.critic), int(state.step), Best(**metadata["best"] or {})
-    actors, mesh, seed = prepared.actors, prepared.mesh, prepared.config.seed
-    states = []
-    for abstract, model, optimizer in (
-        (policy, first_policy(actors, mesh, seed), prepared.policy_optimizer),
-        (critic, first_critic(actors, mesh, seed), prepared.critic_optimizer),
-    ):
-        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        adopt = jax.jit(partial(steps.new_state, optimizer=optimizer), out_shardings=layout, donate_argnums=0)
-        states.append(adopt(model))
-    return Trained(*states), 0, Best()
-
-
 def train(
     prepared: Run,
     saved: Checkpoints,
@@ -264,31 +213,12 @@ def train(
     critic_step: Callable,
 ) -> None:
     """Iterates from the newest checkpoint on: draw, judge, train, log, evaluate, save, in that order."""
-    config, mesh = prepared.config, prepared.mesh
+    config = prepared.config
     trained, start, best = begin(prepared, saved)
-    frozen = read_frozen(prepared.actors, mesh)
-    programs = Programs(mesh, prepared.part, config.temperature, config.compute)
-    whole_policy = assemble_policy(prepared.actors, trained.policy.model, frozen.reference)
-    gather = make_gather(whole_policy, config.compute.dtype)
-    parts = Parts(frozen, programs, gather, score, policy_step, critic_step)
+    parts = read_parts(prepared, trained, score, policy_step, critic_step)
     if not start and prepared.actors.judge:
         trained = standardise_critic(prepared, parts, trained)
     log, began = MetricsLog(Path(config.out), start or -1), time.monotonic()
-
-    def save(into: Checkpoints, done: int) -> None:
-        into.wait()
-        if done in into.steps():  # before a stop; it is the same
-            return
-        policy = trained.policy
-        counted = {name: getattr(policy, name) for name in vars(policy)} | {"policy_steps": policy.step}
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        counted["step"] = jax.device_put(np.int32(done), everywhere)
-        own = {"model": dataclasses.asdict(prepared.actors.config), "recipe": recipe}
-        own["best"] = best._asdict() if best.iteration >= 0 else None
-        if config.train == "lora":
-            base = str(prepared.actors.checkpoint.resolve())
-            own["adapters"] = {"lora": dataclasses.asdict(config.lora), "base": base}
-        into.save(PPOState(**counted, critic=trained.critic), own | {"cursor": {"iteration": done}}, prepared.tokenizer)
 
     def evaluate(done: int) -> None:
         nonlocal best
@@ -299,7 +229,7 @@ def train(
         say(f"iteration {done} held out: " + " ".join(f"{name[5:]} {value:.4g}" for name, value in values.items()))
         if values["eval/reward"] > best.reward:
             best = Best(done, values["eval/reward"])
-            save(best_saved, done)
+            save(best_saved, prepared, recipe, trained, done, best)
 
     try:
         with StopSignal() as stop:
@@ -317,13 +247,13 @@ def train(
                 # Nothing of this iteration has been trained on yet: what is saved here, is done anew.
                 if name := stop.received(2 * iteration):
                     if iteration > start:
-                        save(saved, iteration)
+                        save(saved, prepared, recipe, trained, iteration, best)
                     raise Preempted(f"{name} received: iteration {iteration} is saved; start it again to go on")
                 try:
                     experience, values = experienced(prepared, parts, trained, prompts, drawn)
                 except UserError:
                     if iteration > start:
-                        save(saved, iteration)
+                        save(saved, prepared, recipe, trained, iteration, best)
                     raise
                 clock.append(time.monotonic())
                 trained, learned = update(prepared, parts, trained, experience, iteration)
@@ -338,7 +268,7 @@ def train(
                     evaluate(done)
                 name, ended = stop.received(2 * iteration + 1), is_over(config, best, done) or done == config.iterations
                 if name or ended or due(config.loop.save_every, done, config.iterations):
-                    save(saved, done)
+                    save(saved, prepared, recipe, trained, done, best)
                 if name and not ended:
                     raise Preempted(f"{name} received: iteration {done} is saved; start it again to go on")
     finally:
@@ -348,6 +278,17 @@ def train(
             f"held-out prompts gained most at iteration {best.iteration}: reward {best.reward:.4g}, in {config.out}/best"
         )
     say(f"done: {config.out}; try: llama-jax chat {config.out}{' --plain' * config.plain}")
+
+
+def read_parts(
+    prepared: Run, trained: Trained, score: Score | None, policy_step: Callable, critic_step: Callable
+) -> Parts:
+    """What the iterations work with: reads what is frozen, and makes the programs that say what models think of answers."""
+    config, actors = prepared.config, prepared.actors
+    frozen = read_frozen(actors, prepared.mesh)
+    programs = Programs(prepared.mesh, prepared.part, config.temperature, config.compute)
+    gather = make_gather(assemble_policy(actors, trained.policy.model, frozen.reference), config.compute.dtype)
+    return Parts(frozen, programs, gather, score, policy_step, critic_step)
 
 
 def is_over(config: PPOConfig, best: Best, done: int) -> bool:

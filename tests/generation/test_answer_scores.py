@@ -32,6 +32,10 @@ def test_it_sees_each_prompt_with_its_answer():
         (lambda dialogues: 1 / 0, "the score function failed: ZeroDivisionError: division by zero"),
         (lambda dialogues: ["good", "bad"], "gave <U4 of shape"),
         (lambda dialogues: [1.0, -math.inf], "the score of the answer 'b' is -inf; expected a finite number"),
+        (
+            lambda dialogues: [1.0, -1e39],
+            r"the score of the answer 'b' is -1e\+39; expected a finite number, for 32 bits",
+        ),
     ],
 )
 def test_anything_else_is_an_error_that_says_what_came(score, message):

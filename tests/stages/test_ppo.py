@@ -321,14 +321,19 @@ def test_an_answer_that_was_cut_pays_the_penalty_and_no_other_does(recipe, tmp_p
     np.testing.assert_allclose(paid[0] - paid[1], np.where(np.arange(64) % 2, 0.0, 0.5), atol=1e-6)
 
 
-def test_first_the_critic_may_learn_alone(recipe, judges, tmp_path):
-    """The second iteration still draws from the reference, with a critic that knows better; then the policy moves."""
+def test_first_the_critic_may_learn_alone(recipe, judges, tmp_path, monkeypatch):
+    """The second iteration still draws from the reference, with a critic that knows better; then the policy moves, and its
+    learning rate reaches its end with the last step that it makes.
+    """
+    make_optimizer, totals = ppo.make_optimizer, []
+    monkeypatch.setattr(ppo, "make_optimizer", lambda *given: totals.append(given[2]) or make_optimizer(*given))
     own = {**judges, "critic_warmup": 2, "eval_prompts": 0, "out": str(tmp_path / "run")}
     ppo.run(dataclasses.replace(recipe, **own))
     first, second, third = iterations(tmp_path / "run")
     assert first["kl/sequence"] == second["kl/sequence"] == third["kl/sequence"] == 0
     assert "policy/loss" not in first and "policy/loss" not in second and third["policy/grad_norm"] > 0
     assert third["critic/explained_variance"] > first["critic/explained_variance"]
+    assert totals == [2, 6], "two mini-batches of one iteration, and of three"
 
 
 def test_adapters_share_one_backbone(recipe, base, tmp_path):
