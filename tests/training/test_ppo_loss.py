@@ -397,9 +397,11 @@ def test_eight_devices_change_nothing(model, drawn, whole):
     assert_equal_steps(got, whole["policy"])
 
 
-def test_more_padding_changes_neither_loss_nor_report(model, drawn, whole):
+@pytest.mark.parametrize("kind", ["policy", "value"])
+def test_more_padding_changes_neither_loss_nor_report(model, critic, drawn, whole, kind):
     wider = Experience(*(np.pad(a, ((0, 0), (0, 8))) for a in drawn))
-    sums = jax.jit(OBJECTIVES["policy"].sums, static_argnums=3)(model, wider, weights_of(wider), FP32)
-    np.testing.assert_allclose(sums.loss, whole["policy"][1].loss, rtol=1e-5)
-    want = policy_metrics([whole["policy"][1].extras])
-    assert policy_metrics([sums.extras]) == pytest.approx(want, rel=1e-5)
+    start, metrics = {"policy": model, "value": critic}[kind], whole[kind][1]
+    sums = jax.jit(OBJECTIVES[kind].sums, static_argnums=3)(start, wider, weights_of(wider), FP32)
+    np.testing.assert_allclose(sums.loss, metrics.loss, rtol=1e-5)
+    report = policy_metrics if kind == "policy" else explained_variance
+    assert report([sums.extras]) == pytest.approx(report([metrics.extras]), rel=1e-5)
