@@ -1,5 +1,7 @@
 """What a set of preferences is like, as the paper's Table 6 tells it, and how far its annotators agree (3.2.1)."""
 
+from typing import Any
+
 import numpy as np
 
 from llama_jax.data.pairs import UNKNOWN, LoadedPairs, Pairs
@@ -15,6 +17,21 @@ def described(loaded: LoadedPairs) -> dict[str, dict[str, float]]:
         for number, found in enumerate(loaded.found[: len(loaded.train.sizes)])
         if len(numbers := np.flatnonzero(loaded.train.source == number))
     }
+
+
+def pairs_as_json(loaded: LoadedPairs, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a dry run shows of pairs: the statistics of each source, and the first pair."""
+    return {"data": described(loaded), "pair": shown_pair(loaded.train, tokenizer)}
+
+
+def pairs_as_text(loaded: LoadedPairs, tokenizer: Tokenizer) -> str:
+    """`pairs_as_json` for people."""
+    tables = (
+        f"--- {source}: " + ", ".join(f"{name} {value:.4g}" for name, value in table.items())
+        for source, table in described(loaded).items()
+    )
+    chosen, rejected = shown_pair(loaded.train, tokenizer)
+    return "\n".join([*tables, f"--- chosen\n{chosen}\n--- rejected\n{rejected}"])
 
 
 def shown_pair(pairs: Pairs, tokenizer: Tokenizer) -> list[str]:

@@ -1,4 +1,4 @@
-"""Prompts as PPO asks them (paper 3.2.3): encoded, some held out, one epoch after another in orders of their own."""
+"""Prompts as they are asked (paper 3.2.3): encoded, some held out, one epoch after another in orders of their own."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

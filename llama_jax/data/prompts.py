@@ -31,6 +31,12 @@ class PromptsConfig:
     """Share of a source's rows that may be left out because they are no dialogues; more is an error."""
 
 
+def check_sources(config: PromptsConfig) -> None:
+    """Raises UserError if nothing is named that prompts could be read from."""
+    if not config.sources:
+        raise UserError("No prompts. Set --data.sources to a .jsonl file of dialogues, hf:NAME or tfds:NAME.")
+
+
 def read_prompts(config: PromptsConfig, template: Template) -> tuple[dict[Dialogue, str], str]:
     """The different prompts in order, each ending with a question, with their risk categories; and what was found, a line
     for each source.

@@ -17,7 +17,7 @@ from llama_jax.evaluation.bradley_terry import rate
 from llama_jax.evaluation.human_tally import elo_table
 from llama_jax.evaluation.report import table
 from llama_jax.evaluation.win_rates import Result, percent, rates_table, share, win_rates
-from llama_jax.generation.parts import join_parts, make_parts, missing_parts, parts_of, remove_parts
+from llama_jax.generation.parts import complete, make_parts, parts_of, remove_parts
 from llama_jax.text.chat import BadDialogue, Dialogue, Message, encode_prompt
 from llama_jax.training.run_folder import digest_of, find_recipe, make_folder, write_recipe
 
@@ -135,16 +135,16 @@ def judge_answers(config: JudgeConfig, make_judge: Callable[[], Judge]) -> dict[
     make_folder(folder)
     write_recipe(folder, "judge", config, recipe, found)
     pairs, _ = answers.pairs()
-    parts, path = parts_of(len(pairs), 2, config.batch_size), folder / JUDGEMENTS
-    if not path.exists():
-        if missing := missing_parts(folder, parts):
-            judge = make_judge()
-            make_parts(
-                folder, missing, len(pairs), lambda part: _judged(answers, part, judge), lambda part: 2 * len(part)
-            )
-        join_parts(folder, parts, path)
+    parts = parts_of(len(pairs), 2, config.batch_size)
+
+    def make_missing(missing: list[range]) -> None:
+        judge = make_judge()
+        make_parts(folder, missing, len(pairs), lambda part: _judged(answers, part, judge), lambda part: 2 * len(part))
+
+    complete(folder, parts, JUDGEMENTS, make_missing)
     remove_parts(folder, parts)
-    return tally_judgements(answers, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    rows = (folder / JUDGEMENTS).read_text(encoding="utf-8").splitlines()
+    return tally_judgements(answers, [json.loads(line) for line in rows])
 
 
 def _judged(answers: Answers, part: range, judge: Judge) -> Iterable[dict[str, Any]]:

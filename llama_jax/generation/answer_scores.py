@@ -8,13 +8,23 @@ import jax
 import numpy as np
 
 from llama_jax.errors import UserError
-from llama_jax.generation.rewards import check_format, reward_info, warnings_of
+from llama_jax.generation.llama import Llama
+from llama_jax.generation.rewards import check_format, make_score, reward_info, warnings_of
+from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.chat import Dialogue, Message, Template
 from llama_jax.training.checkpoint import newest_readable
 from llama_jax.training.metrics import say
 
 Score = Callable[[Sequence[Dialogue]], Sequence[float]]
 """How good the last answer of each dialogue is; more is better, and -inf never the best."""
+
+
+def check_judge(reward: str, has_score: bool, what: str) -> None:
+    """Raises UserError unless either a reward model judges, which `what` calls by its kind, or a function does."""
+    if not reward and not has_score:
+        raise UserError(f"name the {what} that judges, with --reward RUN (llama-jax reward trains one)")
+    if reward and has_score:
+        raise UserError(f"both --reward {reward} and a score function judge; give one of them")
 
 
 def find_judge(path: str, template: Template) -> Path:
@@ -28,6 +38,22 @@ def find_judge(path: str, template: Template) -> Path:
     for reason in warnings_of(info.findings):
         say(f"warning: {path} is a poor judge: {reason}")
     return info.folder
+
+
+def load_with_judge(
+    checkpoint: Path, reward: Path | None, score: Score | None, *, mesh: str, int8: bool
+) -> tuple[Llama, Score]:
+    """Reads the model that answers, and what judges: the reward model unless a function does.
+
+    Args:
+      checkpoint: of the model that answers.
+      reward: the reward model's; None where a function judges.
+      score: that function.
+      mesh: devices to lie on; one if empty.
+      int8: whether the weights of the model that answers are kept in 8 bits.
+    """
+    llama = Llama.load(checkpoint, mesh=mesh or None, int8=int8)
+    return llama, score or make_score(reward, make_mesh(mesh) if mesh else None)
 
 
 def score_answers(score: Score, answers: Sequence[tuple[Dialogue, str]]) -> list[float | None]:

@@ -14,7 +14,7 @@ import numpy as np
 from llama_jax.data.prompt_order import Prompt
 from llama_jax.generation.answer_scores import Score, score_answers
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.parts import join_parts, make_parts, missing_parts, parts_of, remove_parts
+from llama_jax.generation.parts import complete, make_parts, parts_of, remove_parts
 from llama_jax.generation.replies import Reply, reply_to, seed_of
 from llama_jax.text.chat import Dialogue, Message, Template
 from llama_jax.text.tokenizer import Tokenizer
@@ -81,18 +81,20 @@ def answer_held_out(
       Preempted: told to stop; the parts that are whole are saved.
     """
     parts = parts_of(len(prompts), 1, batch)
-    if not (folder / ANSWERS).exists():
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
+
+    def make_missing(missing: list[range]) -> None:
         (folder / "samples").mkdir(exist_ok=True)
         llama = load()
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
 
         def make(part: range) -> list[dict[str, Any]]:
             asked, seeds = [prompts[number] for number in part], [seed_of(seed, number) for number in part]
             replies = reply_to(llama, [prompt.dialogue for prompt in asked], template, seeds=seeds, **settings)
             return [row_of(prompt, reply, llama.tokenizer) for prompt, reply in zip(asked, replies, strict=True)]
 
-        make_parts(folder, missing_parts(folder, parts), len(prompts), make, len)
-        join_parts(folder, parts, folder / ANSWERS)
+        make_parts(folder, missing, len(prompts), make, len)
+
+    complete(folder, parts, ANSWERS, make_missing)
     if (folder / "samples").exists():
         remove_parts(folder, parts)
         (folder / "samples").rmdir()

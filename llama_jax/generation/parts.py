@@ -32,11 +32,6 @@ def part_file(folder: str | Path, part: range) -> Path:
     return Path(folder) / "samples" / f"{part.start:08}.jsonl"
 
 
-def missing_parts(folder: str | Path, parts: Sequence[range]) -> list[range]:
-    """Those that are still to be made."""
-    return [part for part in parts if not part_file(folder, part).exists()]
-
-
 def make_parts(
     folder: str | Path,
     missing: Sequence[range],
@@ -73,9 +68,23 @@ def make_parts(
     say(f"{done} samples in {format_duration(time.monotonic() - began)}")
 
 
-def join_parts(folder: str | Path, parts: Sequence[range], path: Path) -> None:
-    """Writes all parts, which must be there, into one file."""
-    write_whole(path, b"".join(part_file(folder, part).read_bytes() for part in parts))
+def complete(
+    folder: str | Path, parts: Sequence[range], name: str, make_missing: Callable[[list[range]], None]
+) -> None:
+    """Writes all parts into one file, unless it is there, and first makes those that are missing.
+
+    Args:
+      folder: of the run.
+      parts: all of them.
+      name: of the file.
+      make_missing: makes and saves parts, as `make_parts` does; called if there are any to make.
+    """
+    if (path := Path(folder) / name).exists():
+        return
+    files = [part_file(folder, part) for part in parts]
+    if missing := [part for part, file in zip(parts, files, strict=True) if not file.exists()]:
+        make_missing(missing)
+    write_whole(path, b"".join(file.read_bytes() for file in files))
 
 
 def remove_parts(folder: str | Path, parts: Sequence[range]) -> None:

@@ -238,7 +238,7 @@ def laid_to_generate(weights: Transformer, dtype: Any) -> Transformer:
 
 def _actors(config: PPOConfig, model: LlamaConfig) -> Actors:
     """The models that take part, the reward models of the policy's architecture, beside its backbone where adapters are trained."""
-    policy, lora, judge = Path("policy"), config.lora if config.train == "lora" else None, None
+    policy, lora, judge = Path("policy"), config.adapters, None
     if not config.function:
         base = str(policy.resolve()) if lora else ""
         judge = RewardInfo(Path("judge"), trunk_config(model), lora, base, Llama2Chat(), None)

@@ -20,6 +20,7 @@ from llama_jax.stages import dpo, pretrain, reward, sft
 from llama_jax.training.metrics import forward_flops_per_token, train_flops_per_token
 from llama_jax.training.optimizer import make_optimizer, warmed_up
 from llama_jax.training.run_config import RunConfig
+from llama_jax.training.step import declared
 
 # A schedule's length changes a constant of the step and nothing else.
 _STEPS = 1000
@@ -119,7 +120,7 @@ def _pretrain(config: pretrain.PretrainConfig, sizes: dict[str, int]) -> Job:
 
 def _sft(config: sft.SFTConfig, model: LlamaConfig, sizes: dict[str, int]) -> Job:
     length = sft.check(config, model, sizes)
-    optimizer = make_optimizer(config.optimizer, sft.declared(config, model), _STEPS)
+    optimizer = make_optimizer(config.optimizer, declared(model, config.adapters), _STEPS)
     return Job(
         "sft",
         config,
@@ -143,7 +144,7 @@ def _reward(config: reward.RewardConfig, whole: LlamaConfig, sizes: dict[str, in
 
 def _dpo(config: dpo.DPOConfig, model: LlamaConfig, sizes: dict[str, int]) -> Job:
     shape = _pairs_shape(config, model, sizes)
-    optimizer = make_optimizer(warmed_up(config.optimizer, _STEPS), dpo.declared(config, model), _STEPS)
+    optimizer = make_optimizer(warmed_up(config.optimizer, _STEPS), declared(model, config.adapters), _STEPS)
     job = _pairs_job("dpo", config, model, shape, lambda mesh: dpo.describe_step(config, model, shape, optimizer, mesh))
     # The reference reads every batch too.
     return replace(

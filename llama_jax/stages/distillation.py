@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,18 +30,17 @@ from llama_jax.data.preprompts import (
     check_preprompts,
     read_preprompts,
 )
-from llama_jax.data.prompts import PromptsConfig, read_prompts
+from llama_jax.data.prompts import PromptsConfig, check_sources, read_prompts
 from llama_jax.data.samples import SAMPLES, as_line, best_sample, is_scored, read_samples
 from llama_jax.errors import UserError
-from llama_jax.generation.answer_scores import Score, find_judge, score_answers
+from llama_jax.generation.answer_scores import Score, check_judge, find_judge, load_with_judge, score_answers
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.parts import join_parts, make_parts, missing_parts, parts_of, remove_parts
+from llama_jax.generation.parts import complete, make_parts, parts_of, remove_parts
 from llama_jax.generation.replies import reply_to, seed_of
-from llama_jax.generation.rewards import make_score
-from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.chat import Dialogue, Llama2Chat, Plain, Template, encode_prompt
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.metrics import say
+from llama_jax.training.run_config import check_counts
 from llama_jax.training.run_folder import digest_of, find_recipe, make_folder, without, write_recipe, write_whole
 
 DIALOGUES = "dialogues.jsonl"
@@ -134,10 +134,7 @@ def run(config: DistillationConfig, *, score: Score | None = None) -> None:
     make_folder(folder)
     write_recipe(folder, "distillation", config, recipe_of(prepared), found)
     if not (folder / DIALOGUES).exists():
-        if not (folder / SAMPLES).exists():
-            if missing := missing_parts(folder, prepared.parts):
-                sample(prepared, *load(prepared, score), missing)
-            join_parts(folder, prepared.parts, folder / SAMPLES)
+        complete(folder, prepared.parts, SAMPLES, partial(sample, prepared, score))
         select(folder)
     remove_parts(folder, prepared.parts)
     say(
@@ -203,22 +200,13 @@ def _check(config: DistillationConfig, has_score: bool) -> None:
         raise UserError(
             "name the model that answers: llama-jax distill CHECKPOINT --data FILE.jsonl --reward REWARD_RUN"
         )
-    if not config.data.sources:
-        raise UserError("No prompts. Set --data.sources to a .jsonl file of dialogues, hf:NAME or tfds:NAME.")
-    if bool(config.reward) == has_score:
-        raise UserError(
-            "name the safety reward model that judges, with --reward RUN (llama-jax reward trains one)"
-            if not has_score
-            else f"both --reward {config.reward} and a score function judge; give one of them"
-        )
+    check_sources(config.data)
+    check_judge(config.reward, has_score, "safety reward model")
     if not config.kinds or len({*config.kinds}) < len(config.kinds):
         raise UserError(
             f"--kinds is {' '.join(config.kinds) or 'empty'}; expected tailored, generic or both, each once"
         )
-    numbers = {"--samples": config.samples, "--batch": config.batch, "--max-new-tokens": config.max_new_tokens}
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be 1 or more")
+    check_counts(config, "samples", "batch", "max_new_tokens")
     if not 0 <= config.temperature < math.inf:
         raise UserError(f"--temperature is {config.temperature}; expected 0 (the likeliest answer) or more")
     if not 0 < config.top_p <= 1:
@@ -243,22 +231,17 @@ def variants(prepared: Prepared, prompt: Dialogue, risk: str) -> Iterator[tuple[
             yield behind_preprompt(text, prompt), kind, text
 
 
-def load(prepared: Prepared, score: Score | None) -> tuple[Llama, Score]:
-    """The model that answers, and what judges: the reward model unless a function does."""
-    config = prepared.config
-    llama = Llama.load(prepared.checkpoint, mesh=config.mesh or None, int8=config.int8)
-    return llama, score or make_score(prepared.reward, make_mesh(config.mesh) if config.mesh else None)
-
-
-def sample(prepared: Prepared, llama: Llama, score: Score, missing: Sequence[range]) -> None:
-    """Samples, judges and saves these parts.
+def sample(prepared: Prepared, score: Score | None, missing: Sequence[range]) -> None:
+    """Reads the model that answers and what judges; samples, judges and saves these parts.
 
     Raises:
       UserError: scores that are none.
       Preempted: told to stop; the parts that are whole are saved.
     """
+    config = prepared.config
+    llama, score = load_with_judge(prepared.checkpoint, prepared.reward, score, mesh=config.mesh, int8=config.int8)
     make_parts(
-        prepared.config.out,
+        config.out,
         missing,
         len(prepared.prompts),
         make=lambda part: judged(prepared, part, draw(prepared, llama, part), score),

@@ -22,7 +22,7 @@ from optax import GradientTransformation
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.convert import open_pinned
 from llama_jax.conversion.load import load_model
-from llama_jax.data.pair_statistics import described, shown_pair
+from llama_jax.data.pair_statistics import pairs_as_json, pairs_as_text
 from llama_jax.data.pairs import (
     BatchCursor,
     BatchShape,
@@ -37,36 +37,34 @@ from llama_jax.data.pairs import (
     pair_batches,
 )
 from llama_jax.errors import UserError
-from llama_jax.model.lora import Adapters, LoraConfig, adapt, describe_adapters
+from llama_jax.model.lora import adapt
 from llama_jax.model.transformer import Transformer, abstract
 from llama_jax.parallel import distributed
-from llama_jax.parallel.mesh import check_divides, constrain, make_mesh, mesh_sizes, ways
+from llama_jax.parallel.mesh import check_divides, constrain, make_mesh, mesh_sizes
 from llama_jax.text.chat import Llama2Chat, Plain, Template
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training import compiled as compiling
 from llama_jax.training import step as steps
-from llama_jax.training.batches import abstract_pairs, share_of_process
+from llama_jax.training.batches import abstract_pairs, shape_of_pairs, share_of_process
 from llama_jax.training.checkpoint import Checkpoints, adapters_metadata
 from llama_jax.training.dpo_loss import Policies, dpo_objective, drifts, pair_terms
 from llama_jax.training.held_out_pairs import of_each_pair, write_scores
 from llama_jax.training.loop import fit
 from llama_jax.training.metrics import improvement, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmed_up
-from llama_jax.training.run_config import HOW_IT_COMPUTES, RunConfig, run_dataclass
-from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without
+from llama_jax.training.run_config import HOW_IT_COMPUTES, TuningConfig, check_counts, length_within, run_dataclass
+from llama_jax.training.run_folder import fingerprint, open_run, run_checkpoints, without
 from llama_jax.training.step import TrainState
 
 
 @run_dataclass
-class DPOConfig(RunConfig):
+class DPOConfig(TuningConfig):
     """One run of direct preference optimisation."""
 
     checkpoint: str = ""
     """The chat model to begin with, of any form; as it is, it is the reference too."""
     data: PreferenceConfig = field(default_factory=PreferenceConfig)
     """The preferences."""
-    plain: bool = False
-    """Prompt and answer as plain text, instead of Llama 2's chat format."""
     beta: float = 0.1
     """What a nat of drift from the reference is worth: the greater, the nearer to the reference the model stays."""
     label_smoothing: float = 0.0
@@ -83,8 +81,6 @@ class DPOConfig(RunConfig):
     """AdamW and its schedule; a warm-up of 0 means 3% of the steps, at least 5. Adapters want about ten times the rate."""
     train: Literal["all", "lora"] = "all"
     """What is trained: every weight, or low-rank adapters beside frozen ones, which are then the reference as well."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapters, where they are trained."""
     seed: int = 0
     """Of adapters, dropout and the order of the pairs."""
     out: str = "runs/dpo"
@@ -97,12 +93,7 @@ class DPOConfig(RunConfig):
 # out to be, not by the names under which they were found.
 FREE_TO_CHANGE = (
     *HOW_IT_COMPUTES,
-    *(
-        "loop",
-        "micro_batches",
-        "length",
-        "checkpoint",
-    ),
+    *("loop", "micro_batches", "length", "checkpoint"),
     *("data.sources", "data.tests", "data.eval_pairs", "mesh", "out", "resume", "dry_run", "json"),
 )
 
@@ -123,11 +114,6 @@ class Run:
     schedule: OptimizerConfig
     optimizer: GradientTransformation
 
-    @property
-    def lora(self) -> LoraConfig | None:
-        """The adapters; None where every weight is trained."""
-        return self.config.lora if self.config.train == "lora" else None
-
 
 def run(config: DPOConfig) -> None:
     """Trains what `config` describes into `config.out`, going on where an earlier run of it stopped, and leaves the rewards
@@ -147,9 +133,7 @@ def run(config: DPOConfig) -> None:
             show(prepared, compile_step(prepared)[1])
             return
         folder = Path(config.out)
-        make_folder(folder)
-        checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
-        try:
+        with run_checkpoints(config) as checkpoints:
             pairs = prepared.loaded.train
             decisive = without(config, FREE_TO_CHANGE) | {
                 "checkpoint": str(prepared.checkpoint),
@@ -158,8 +142,6 @@ def run(config: DPOConfig) -> None:
             }
             open_run(folder, "dpo", config, decisive, prepared.tokenizer, checkpoints, config.resume)
             train(prepared, checkpoints, decisive)
-        finally:
-            checkpoints.close()
     change = improvement(folder, "eval/accuracy", "accuracy of its rewards on held-out pairs")
     say(f"done: {folder}{change}; try: llama-jax chat {folder}{' --plain' if config.plain else ''}")
 
@@ -172,18 +154,15 @@ def prepare(config: DPOConfig, mesh: Mesh) -> Run:
     """
     check(config)
     checkpoint, model, tokenizer = open_pinned(config.checkpoint)
-    context = model.context_length
-    if config.length > context:
-        raise UserError(f"--length {config.length} is more than the model's context of {context} tokens")
+    most = length_within(config.length, model)
     template: Template = Plain() if config.plain else Llama2Chat()
-    loaded = load_pairs(config.data, tokenizer, template, config.length or context)
+    loaded = load_pairs(config.data, tokenizer, template, most)
     order = PairOrder(loaded.train, config.pairs, config.seed, config.data.weights)
-    length = loaded.longest + -loaded.longest % (128 * ways("length"))
-    shape = order.shape(config.epochs, length, ways("batch") * config.micro_batches)
-    check_divides(mesh_sizes(mesh), model, shape.rows // config.micro_batches, length)
+    shape = shape_of_pairs(order, loaded.longest, config.epochs, config.micro_batches)
+    check_divides(mesh_sizes(mesh), model, shape.rows // config.micro_batches, shape.length)
     total_steps = config.epochs * order.batches
     schedule = warmed_up(config.optimizer, total_steps)
-    optimizer = make_optimizer(schedule, declared(config, model), total_steps)
+    optimizer = make_optimizer(schedule, steps.declared(model, config.adapters), total_steps)
     return Run(config, checkpoint, model, tokenizer, loaded, order, shape, total_steps, mesh, schedule, optimizer)
 
 
@@ -191,10 +170,7 @@ def check(config: DPOConfig) -> None:
     """Checks what needs neither model nor data. Raises UserError."""
     if not config.checkpoint:
         raise UserError("name the model to begin with: llama-jax dpo CHECKPOINT --data PAIRS.jsonl")
-    if min(config.epochs, config.pairs, config.micro_batches) < 1:
-        raise UserError(
-            f"--epochs {config.epochs}, --pairs {config.pairs} and --micro-batches {config.micro_batches} must be 1 or more"
-        )
+    check_counts(config, "epochs", "pairs", "micro_batches")
     if not (math.isfinite(config.beta) and config.beta > 0):
         raise UserError(f"--beta {config.beta} must be above 0, and 0.1 is common")
     if not 0 <= config.label_smoothing < 0.5:
@@ -222,8 +198,8 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
 
     def save(state: TrainState, cursor: BatchCursor) -> None:
         own = {"recipe": decisive, "cursor": cursor._asdict()}
-        if prepared.lora:
-            adapters = adapters_metadata(prepared.lora, prepared.checkpoint)
+        if config.adapters:
+            adapters = adapters_metadata(config.adapters, prepared.checkpoint)
             own |= {"model": dataclasses.asdict(prepared.model), "adapters": adapters}
         checkpoints.save(state, own, prepared.tokenizer)
 
@@ -252,7 +228,7 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Transfor
     """The state to train from, the frozen reference beside it, and the place in the data."""
     config, mesh, optimizer = prepared.config, prepared.mesh, prepared.optimizer
     abstract_state = steps.abstract_state(
-        prepared.model, optimizer, mesh, prepared.lora, offload=config.compute.offload
+        prepared.model, optimizer, mesh, config.adapters, offload=config.compute.offload
     )
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     frozen = load_model(prepared.checkpoint, mesh, config.compute.dtype)[0]
@@ -260,23 +236,18 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Transfor
         state, metadata = restored
         say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
         return state, frozen, BatchCursor(**metadata["cursor"])
-    if prepared.lora:
-        state = steps.begin_adapters(prepared.model, prepared.lora, optimizer, layout, config.seed)
+    if config.adapters:
+        state = steps.begin_adapters(prepared.model, config.adapters, optimizer, layout, config.seed)
         return state, frozen, BatchCursor()
     model = load_model(prepared.checkpoint, mesh, "float32")[0]
     return steps.adopt(model, optimizer, layout), frozen, BatchCursor()
-
-
-def declared(config: DPOConfig, model: LlamaConfig) -> LlamaConfig | Adapters:
-    """What is trained, as `make_optimizer` takes it."""
-    return describe_adapters(model, config.lora) if config.train == "lora" else model
 
 
 def assemble(config: DPOConfig, trained: Any, frozen: Transformer, key: jax.Array | None = None) -> Policies:
     """The policy, which is what is trained or the frozen model with adapters, beside the reference; with a key, the dropout
     of the policy's adapters is on.
     """
-    return Policies(adapt(frozen, trained, config.lora, key) if config.train == "lora" else trained, frozen)
+    return Policies(adapt(frozen, trained, config.adapters, key) if config.adapters else trained, frozen)
 
 
 def make_drifts(prepared: Run) -> Callable[[Policies, Pairs, np.ndarray], np.ndarray]:
@@ -304,9 +275,7 @@ def describe_step(
     """The training step for batches of a shape, and the state, batch and reference that it takes as shapes, dtypes and
     shardings.
     """
-    state = steps.abstract_state(
-        model, optimizer, mesh, config.lora if config.train == "lora" else None, offload=config.compute.offload
-    )
+    state = steps.abstract_state(model, optimizer, mesh, config.adapters, offload=config.compute.offload)
     train_step = steps.make_train_step(
         optimizer,
         config.compute,
@@ -331,8 +300,8 @@ def banner(prepared: Run, plan: dict[str, Any]) -> str:
     config, known = prepared.config, compiling.describe_plan(plan)
     shape, drawn, held_out = prepared.shape, sum(prepared.order.drawn), len(prepared.loaded.held_out)
     trained = "every weight, beside a frozen copy as reference"
-    if prepared.lora:
-        trained = f"adapters of rank {prepared.lora.rank} beside frozen weights, which are the reference"
+    if config.adapters:
+        trained = f"adapters of rank {config.adapters.rank} beside frozen weights, which are the reference"
     return "\n".join(
         [
             f"devices     {known['devices']}",
@@ -349,13 +318,8 @@ def banner(prepared: Run, plan: dict[str, Any]) -> str:
 
 def show(prepared: Run, plan: dict[str, Any]) -> None:
     """Prints a dry run: the plan, the statistics of each source, and a pair with its answers between arrows."""
-    pair, tables = shown_pair(prepared.loaded.train, prepared.tokenizer), described(prepared.loaded)
     if prepared.config.json:
-        recipe = dataclasses.asdict(prepared.config)
-        own = {"recipe": recipe, "data": tables, "pair": pair, "steps": prepared.total_steps}
-        print(json.dumps(own | plan, indent=2))
-        return
-    print(banner(prepared, plan))
-    for source, table in tables.items():
-        print(f"--- {source}: " + ", ".join(f"{name} {value:.4g}" for name, value in table.items()))
-    print(f"--- chosen\n{pair[0]}\n--- rejected\n{pair[1]}")
+        own = {"recipe": dataclasses.asdict(prepared.config), "steps": prepared.total_steps}
+        print(json.dumps(own | pairs_as_json(prepared.loaded, prepared.tokenizer) | plan, indent=2))
+    else:
+        print(f"{banner(prepared, plan)}\n{pairs_as_text(prepared.loaded, prepared.tokenizer)}")

@@ -41,6 +41,7 @@ from llama_jax.generation.replies import reply_to, seed_of
 from llama_jax.text.chat import Llama2Chat, Message, Plain, Template
 from llama_jax.training.metrics import format_duration, say
 from llama_jax.training.preemption import StopSignal
+from llama_jax.training.run_config import check_counts
 from llama_jax.training.run_folder import digest_of, find_recipe, make_folder, without, write_recipe, write_whole
 
 DIALOGUES, LISTS = "dialogues.jsonl", "constraints.json"
@@ -188,12 +189,9 @@ def prepare(config: GhostAttentionConfig, samples: int = 1, score: Score | None 
         raise UserError("name the model that answers: llama-jax ghost-attention CHECKPOINT --data FILE.jsonl")
     if not config.data.sources:
         raise UserError("No questions. Set --data.sources to a .jsonl file of dialogues, hf:NAME or tfds:NAME.")
-    for name, value in (
-        *(("--data.join", config.data.join), ("--combine", config.combine), ("--batch", config.batch)),
-        *(("--list-length", config.list_length), ("--max-new-tokens", config.max_new_tokens), ("samples", samples)),
-    ):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be 1 or more")
+    check_counts(config, "data.join", "combine", "batch", "list_length", "max_new_tokens")
+    if samples < 1:
+        raise UserError(f"samples is {samples}; it must be 1 or more")
     if samples > 1 and score is None:
         raise UserError(f"of {samples} samples the best should be kept, but no score function says which; give `score`")
     checkpoint, model, _ = open_pinned(config.checkpoint)

@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ from llama_jax.training.metrics import MetricsLog, format_duration, say
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.ppo_loss import Experience, policy_objective, value_objective
 from llama_jax.training.preemption import StopSignal
-from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without, write_whole
+from llama_jax.training.run_folder import fingerprint, open_run, run_checkpoints, without, write_whole
 from llama_jax.training.step import TrainState
 
 
@@ -91,16 +92,10 @@ def run(config: PPOConfig, *, score: Score | None = None) -> None:
             return
         say(banner(prepared, plan))
         folder = Path(config.out)
-        make_folder(folder)
-        saved = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
-        best = Checkpoints(folder / "best", keep_last=1)
-        try:
+        with run_checkpoints(config) as saved, closing(Checkpoints(folder / "best", keep_last=1)) as best:
             decisive = recipe_of(prepared)
             open_run(folder, "ppo", config, decisive, prepared.tokenizer, saved, config.resume)
             train(prepared, saved, best, decisive, score, policy_step, critic_step)
-        finally:
-            best.close()
-            saved.close()
 
 
 def prepare(config: PPOConfig, mesh: Mesh, has_score: bool) -> Run:
@@ -116,8 +111,7 @@ def prepare(config: PPOConfig, mesh: Mesh, has_score: bool) -> Run:
         trusted_judge(path, tokenizer, template, config.accept_warnings) if path else None
         for path in (config.safety, config.helpfulness)
     ]
-    lora = config.lora if config.train == "lora" else None
-    actors = Actors(checkpoint, model, lora, *judges, config.compute, config.int8, config.nf4)
+    actors = Actors(checkpoint, model, config.adapters, *judges, config.compute, config.int8, config.nf4)
     dialogues, found = read_prompts(config.data, template)
     context = min(one.config.context_length for one in (actors, *filter(None, judges)))
     prompts, left_out = encode_fitting(dialogues, tokenizer, template, context, config.max_new_tokens)
@@ -320,7 +314,7 @@ def banner(prepared: Run, plan: dict[str, Any]) -> str:
     memory = {name: compiling.describe_plan(plan[name]) for name in ("policy", "critic")}
     judges = {"safety": actors.safety, "helpfulness": actors.helpfulness}
     named = ", ".join(f"{name} {info.folder}" for name, info in judges.items() if info) or "a function"
-    trained = f"adapters of rank {config.lora.rank}" if actors.lora else "every weight"
+    trained = f"adapters of rank {actors.lora.rank}" if actors.lora else "every weight"
     adversarial = sum(bool(prompt.category) for prompt in prepared.prompts)
     return "\n".join(
         [

@@ -4,27 +4,24 @@ import math
 from dataclasses import field, replace
 from typing import Literal
 
-from llama_jax.data.prompts import PromptsConfig
+from llama_jax.data.prompts import PromptsConfig, check_sources
 from llama_jax.errors import UserError
-from llama_jax.model.lora import LoraConfig
 from llama_jax.training.advantages import THRESHOLD
 from llama_jax.training.loop import LoopConfig
 from llama_jax.training.optimizer import OptimizerConfig
-from llama_jax.training.run_config import HOW_IT_COMPUTES, RunConfig, run_dataclass
+from llama_jax.training.run_config import HOW_IT_COMPUTES, TuningConfig, check_bits, check_counts, run_dataclass
 
 CONSTANT = OptimizerConfig(peak_lr=1e-6, warmup_steps=0, final_lr_ratio=1.0)
 
 
 @run_dataclass
-class PPOConfig(RunConfig):
+class PPOConfig(TuningConfig):
     """One run of PPO."""
 
     checkpoint: str = ""
     """The chat model to begin with, which is also the reference; of any form."""
     data: PromptsConfig = field(default_factory=PromptsConfig)
     """The prompts; a row's `risk` marks it as adversarial."""
-    plain: bool = False
-    """Prompt and answer as plain text, instead of Llama 2's chat format."""
     helpfulness: str = ""
     """The reward model of helpful answers: a run of llama-jax reward."""
     safety: str = ""
@@ -63,8 +60,6 @@ class PPOConfig(RunConfig):
     """First iterations that train the critic alone; one that foresees nothing yet makes the first steps of a policy noise."""
     train: Literal["all", "lora"] = "all"
     """What is trained: every weight, or low-rank adapters beside one frozen backbone that all four models may share."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapters, where they are trained."""
     int8: bool = False
     """Keep the frozen backbone in 8 bits."""
     nf4: bool = False
@@ -91,12 +86,7 @@ class PPOConfig(RunConfig):
 # What may differ between a run and its continuation. Models and prompts are compared by what they turned out to be.
 FREE_TO_CHANGE = (
     *HOW_IT_COMPUTES,
-    *(
-        "loop",
-        "micro_batches",
-        "rows",
-        "patience",
-    ),
+    *("loop", "micro_batches", "rows", "patience"),
     *("iterations", "accept_warnings", "checkpoint", "data.sources", "helpfulness", "safety", "function"),
     *("mesh", "out", "resume", "dry_run", "json"),
 )
@@ -106,8 +96,7 @@ def check(config: PPOConfig, has_score: bool) -> None:
     """Raises UserError for settings that cannot be."""
     if not config.checkpoint:
         raise UserError("name the model to begin with: llama-jax ppo CHECKPOINT --data FILE.jsonl --helpfulness RUN")
-    if not config.data.sources:
-        raise UserError("No prompts. Set --data.sources to a .jsonl file of dialogues, hf:NAME or tfds:NAME.")
+    check_sources(config.data)
     if has_score == bool(config.helpfulness or config.safety):
         raise UserError(
             "both a function and reward models were given; one of them judges"
@@ -115,14 +104,8 @@ def check(config: PPOConfig, has_score: bool) -> None:
             else "nothing judges: name a run of llama-jax reward with --helpfulness, --safety or both, or a Python "
             "function with --function FILE.py:NAME"
         )
-    if (config.int8 or config.nf4) and config.train != "lora":
-        raise UserError("--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora")
-    if config.int8 and config.nf4:
-        raise UserError("--int8 and --nf4 were both given; the frozen weights have 8 bits or 4")
-    counts = ("iterations", "batch", "mini_batch", "max_new_tokens", "rows")
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be 1 or more")
+    check_bits(config)
+    check_counts(config, "iterations", "batch", "mini_batch", "max_new_tokens", "rows")
     if config.batch % config.mini_batch:
         fitting = [n for n in range(1, config.batch + 1) if config.batch % n == 0]
         raise UserError(

@@ -180,7 +180,7 @@ def update(
     """
     config, mesh = prepared.config, prepared.mesh
     policy, critic = trained
-    under = parts.frozen.reference if config.train == "lora" else None
+    under = parts.frozen.reference if config.adapters else None
     order = np.random.default_rng([config.seed, 3, iteration]).permutation(config.batch)
     own = batch_rows_of_process(mesh, config.mini_batch)
     of_policy: list[StepMetrics] = []

@@ -36,7 +36,7 @@ from llama_jax.training.loop import LoopConfig, fit
 from llama_jax.training.metrics import format_count, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from llama_jax.training.run_config import HOW_IT_COMPUTES, RunConfig, run_dataclass
-from llama_jax.training.run_folder import differences, make_folder, open_run, without, write_whole
+from llama_jax.training.run_folder import differences, open_run, run_checkpoints, without, write_whole
 from llama_jax.training.step import TrainState
 
 
@@ -117,10 +117,8 @@ def run(config: PretrainConfig) -> None:
             print(json.dumps(plan, indent=2) if config.json else f"{banner(config, plan)}\nrecipe {recipe}")
             return
         folder = Path(config.out)
-        make_folder(folder)
-        tokenizer = find_tokenizer(config)
-        checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
-        try:
+        with run_checkpoints(config) as checkpoints:
+            tokenizer = find_tokenizer(config)
             decisive = without(config, FREE_TO_CHANGE) | {"tokenizer": tokenizer.sha256}
             open_run(folder, "pretrain", config, decisive, tokenizer, checkpoints, config.resume)
 
@@ -129,8 +127,6 @@ def run(config: PretrainConfig) -> None:
 
             state, cursor = begin(config, tokenizer, checkpoints, optimizer, mesh)
             train(config, tokenizer, mesh, optimizer, state, cursor, save)
-        finally:
-            checkpoints.close()
     say(f'done: {folder}; try: llama-jax generate {folder} ""')
 
 

@@ -12,23 +12,24 @@ compare; an answer that the length limit cut is judged like any other.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from llama_jax.conversion.convert import open_pinned
-from llama_jax.data.prompts import PromptsConfig, read_prompts
+from llama_jax.data.prompt_order import encode_fitting
+from llama_jax.data.prompts import PromptsConfig, check_sources, read_prompts
 from llama_jax.data.samples import SAMPLES, as_line, best_sample, read_pool, read_samples
 from llama_jax.errors import UserError
-from llama_jax.generation.answer_scores import Score, find_judge, score_answers
+from llama_jax.generation.answer_scores import Score, check_judge, find_judge, load_with_judge, score_answers
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.parts import join_parts, make_parts, missing_parts, parts_of, remove_parts
+from llama_jax.generation.parts import complete, make_parts, parts_of, remove_parts
 from llama_jax.generation.replies import reply_to, seed_of
-from llama_jax.generation.rewards import make_score
-from llama_jax.parallel.mesh import make_mesh
-from llama_jax.text.chat import Dialogue, Llama2Chat, Plain, Template, encode_prompt
+from llama_jax.text.chat import Dialogue, Llama2Chat, Plain, Template
 from llama_jax.training.metrics import say
+from llama_jax.training.run_config import check_counts
 from llama_jax.training.run_folder import digest_of, find_recipe, make_folder, without, write_recipe, write_whole
 
 DIALOGUES = "dialogues.jsonl"
@@ -118,10 +119,7 @@ def run(config: RejectionConfig, *, score: Score | None = None) -> None:
     make_folder(folder)
     write_recipe(folder, "rejection", config, recipe_of(prepared), found)
     if not (folder / DIALOGUES).exists():
-        if not (folder / SAMPLES).exists():
-            if missing := missing_parts(folder, prepared.parts):
-                sample(prepared, *load(prepared, score), missing)
-            join_parts(folder, prepared.parts, folder / SAMPLES)
+        complete(folder, prepared.parts, SAMPLES, partial(sample, prepared, score))
         select(folder)
     remove_parts(folder, prepared.parts)
     say(
@@ -141,19 +139,11 @@ def prepare(config: RejectionConfig, has_score: bool = False) -> Prepared:
     template: Template = Plain() if config.plain else Llama2Chat()
     reward = None if has_score else find_judge(config.reward, template)
     prompts, found = read_prompts(config.data, template)
-    say(found)
-    room = model.context_length - config.max_new_tokens
-    short = [prompt for prompt in prompts if len(encode_prompt(tokenizer, prompt, template)) <= room]
-    if not short:
-        raise UserError(
-            f"none of {len(prompts)} prompts leaves room for --max-new-tokens {config.max_new_tokens} in the model's "
-            f"context of {model.context_length} tokens; lower it"
-        )
-    if len(short) < len(prompts):
-        say(f"{len(prompts) - len(short)} of {len(prompts)} prompts leave no room for an answer and are left out")
+    fitting, left_out = encode_fitting(prompts, tokenizer, template, model.context_length, config.max_new_tokens)
+    say("\n".join(filter(None, (found, left_out))))
     earlier = read_pool(config.pool, template)
-    prompts = list(dict.fromkeys([*short, *earlier]))
-    return Prepared(config, checkpoint, reward, prompts, len(short), earlier, template)
+    asked = dict.fromkeys(prompt.dialogue for prompt in fitting)
+    return Prepared(config, checkpoint, reward, list(asked | earlier), len(asked), earlier, template)
 
 
 def check(config: RejectionConfig, has_score: bool) -> None:
@@ -162,18 +152,9 @@ def check(config: RejectionConfig, has_score: bool) -> None:
         raise UserError(
             "name the model that answers: llama-jax reject CHECKPOINT --data FILE.jsonl --reward REWARD_RUN"
         )
-    if not config.data.sources:
-        raise UserError("No prompts. Set --data.sources to a .jsonl file of dialogues, hf:NAME or tfds:NAME.")
-    if bool(config.reward) == has_score:
-        raise UserError(
-            "name the reward model that judges, with --reward RUN (llama-jax reward trains one)"
-            if not has_score
-            else f"both --reward {config.reward} and a score function judge; give one of them"
-        )
-    numbers = {"--samples": config.samples, "--batch": config.batch, "--max-new-tokens": config.max_new_tokens}
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be 1 or more")
+    check_sources(config.data)
+    check_judge(config.reward, has_score, "reward model")
+    check_counts(config, "samples", "batch", "max_new_tokens")
     temperatures = config.temperatures
     if not temperatures or not all(0 < t < math.inf for t in temperatures) or len({*temperatures}) < len(temperatures):
         raise UserError(f"--temperatures is {temperatures}; expected different numbers above 0, such as 0.8 1.0 1.2")
@@ -183,21 +164,15 @@ def check(config: RejectionConfig, has_score: bool) -> None:
         raise UserError(f"--pool names --out {config.out} itself; name the folders of earlier runs")
 
 
-def load(prepared: Prepared, score: Score | None) -> tuple[Llama, Score]:
-    """The model that answers, and what judges: the reward model unless a function does."""
-    config = prepared.config
-    llama = Llama.load(prepared.checkpoint, mesh=config.mesh or None, int8=config.int8)
-    return llama, score or make_score(prepared.reward, make_mesh(config.mesh) if config.mesh else None)
-
-
-def sample(prepared: Prepared, llama: Llama, score: Score, missing: Sequence[range]) -> None:
-    """Samples, judges and saves these parts.
+def sample(prepared: Prepared, score: Score | None, missing: Sequence[range]) -> None:
+    """Reads the model that answers and what judges; samples, judges and saves these parts.
 
     Raises:
       UserError: scores that are none.
       Preempted: told to stop; the parts that are whole are saved.
     """
     config, drawn = prepared.config, prepared.config.samples * len(prepared.config.temperatures)
+    llama, score = load_with_judge(prepared.checkpoint, prepared.reward, score, mesh=config.mesh, int8=config.int8)
     make_parts(
         config.out,
         missing,

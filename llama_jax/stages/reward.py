@@ -22,7 +22,7 @@ from optax import GradientTransformation
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.convert import open_pinned
 from llama_jax.conversion.load import load_model
-from llama_jax.data.pair_statistics import described, shown_pair
+from llama_jax.data.pair_statistics import described, pairs_as_json, pairs_as_text
 from llama_jax.data.pairs import (
     UNKNOWN,
     BatchCursor,
@@ -38,38 +38,36 @@ from llama_jax.data.pairs import (
 from llama_jax.errors import UserError
 from llama_jax.generation.rewards import warnings_of
 from llama_jax.model.heads import RewardModel, describe_reward_model, trunk_config, with_scalar_head, without_head
-from llama_jax.model.lora import LoraConfig, adapt, describe_adapters, init_adapters
+from llama_jax.model.lora import adapt, describe_adapters, init_adapters
 from llama_jax.model.transformer import abstract
 from llama_jax.parallel import distributed
-from llama_jax.parallel.mesh import check_divides, make_mesh, mesh_sizes, sharding, ways
+from llama_jax.parallel.mesh import check_divides, make_mesh, mesh_sizes, sharding
 from llama_jax.text.chat import Llama2Chat, Plain, Template
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training import compiled as compiling
 from llama_jax.training import step as steps
-from llama_jax.training.batches import abstract_pairs, share_of_process
+from llama_jax.training.batches import abstract_pairs, shape_of_pairs, share_of_process
 from llama_jax.training.checkpoint import Checkpoints, adapters_metadata
 from llama_jax.training.held_out_pairs import Findings, PairScorer, write_scores
 from llama_jax.training.loop import fit
 from llama_jax.training.metrics import say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, warmed_up
 from llama_jax.training.preference_loss import SMALL_MARGINS, preferences_objective
-from llama_jax.training.run_config import HOW_IT_COMPUTES, RunConfig, run_dataclass
-from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without, write_whole
+from llama_jax.training.run_config import HOW_IT_COMPUTES, TuningConfig, check_counts, length_within, run_dataclass
+from llama_jax.training.run_folder import fingerprint, open_run, run_checkpoints, without, write_whole
 from llama_jax.training.step import TrainState
 
 FINDINGS = "findings.json"
 
 
 @run_dataclass
-class RewardConfig(RunConfig):
+class RewardConfig(TuningConfig):
     """One reward model."""
 
     checkpoint: str = ""
     """The chat model to begin with, of any form."""
     data: PreferenceConfig = field(default_factory=PreferenceConfig)
     """The preferences."""
-    plain: bool = False
-    """Prompt and answer as plain text, instead of Llama 2's chat format."""
     # Our choice of the paper's three, whose accuracies it gives as 62.5, 63.0 and 62.9; it does not say which it kept.
     margins: tuple[float, float, float, float] = SMALL_MARGINS
     """What the better answer's score should be ahead by, from significantly to negligibly better; 0 for unknown strength."""
@@ -85,8 +83,6 @@ class RewardConfig(RunConfig):
     """AdamW and its schedule; a warm-up of 0 means the paper's 3% of the steps, at least 5."""
     train: Literal["all", "lora"] = "all"
     """What is trained beside the head: every weight, or low-rank adapters beside frozen ones."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapters, where they are trained."""
     seed: int = 0
     """Of the head, adapters, dropout and the order of the pairs."""
     out: str = "runs/reward"
@@ -99,12 +95,7 @@ class RewardConfig(RunConfig):
 # out to be, not by the names under which they were found.
 FREE_TO_CHANGE = (
     *HOW_IT_COMPUTES,
-    *(
-        "loop",
-        "micro_batches",
-        "length",
-        "checkpoint",
-    ),
+    *("loop", "micro_batches", "length", "checkpoint"),
     *("data.sources", "data.tests", "data.eval_pairs", "mesh", "out", "resume", "dry_run", "json"),
 )
 
@@ -126,11 +117,6 @@ class Run:
     schedule: OptimizerConfig
     optimizer: GradientTransformation
 
-    @property
-    def is_lora(self) -> bool:
-        """Whether adapters are trained."""
-        return self.config.train == "lora"
-
 
 def run(config: RewardConfig) -> None:
     """Trains what `config` describes into `config.out`, going on where an earlier run of it stopped, and scores the
@@ -150,9 +136,7 @@ def run(config: RewardConfig) -> None:
             show(prepared, compile_step(prepared)[1])
             return
         folder = Path(config.out)
-        make_folder(folder)
-        checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
-        try:
+        with run_checkpoints(config) as checkpoints:
             pairs = prepared.loaded.train
             decisive = without(config, FREE_TO_CHANGE) | {
                 "checkpoint": str(prepared.checkpoint),
@@ -161,8 +145,6 @@ def run(config: RewardConfig) -> None:
             }
             open_run(folder, "reward", config, decisive, prepared.tokenizer, checkpoints, config.resume)
             model = train(prepared, checkpoints, decisive)
-        finally:
-            checkpoints.close()
         reasons = write_findings(prepared, model)
     for reason in reasons:
         say(f"warning: not to be used for PPO: {reason}")
@@ -177,25 +159,18 @@ def prepare(config: RewardConfig, mesh: Mesh) -> Run:
     """
     if not config.checkpoint:
         raise UserError("name the model to begin with: llama-jax reward CHECKPOINT --data PAIRS.jsonl")
-    if min(config.epochs, config.pairs, config.micro_batches) < 1:
-        raise UserError(
-            f"--epochs {config.epochs}, --pairs {config.pairs} and --micro-batches {config.micro_batches} must be 1 or more"
-        )
+    check_counts(config, "epochs", "pairs", "micro_batches")
     if not all(math.isfinite(value) and value >= 0 for value in (*config.margins, config.safety_weight)):
         raise UserError(f"--margins {config.margins} and --safety-weight {config.safety_weight} must be 0 or more")
     checkpoint, whole, tokenizer = open_pinned(config.checkpoint)
-    context = whole.context_length
-    if config.length > context:
-        raise UserError(f"--length {config.length} is more than the model's context of {context} tokens")
+    most = length_within(config.length, whole)
     template: Template = Plain() if config.plain else Llama2Chat()
-    loaded = load_pairs(config.data, tokenizer, template, config.length or context)
+    loaded = load_pairs(config.data, tokenizer, template, most)
     if config.safety_weight and (loaded.train.safe == UNKNOWN).all():
         raise UserError("--safety-weight is for pairs with safety labels (`safety`), and none here has one")
     order = PairOrder(loaded.train, config.pairs, config.seed, config.data.weights)
-    # Our choice: a row is as long as the longest pair.
-    length = loaded.longest + -loaded.longest % (128 * ways("length"))
-    shape = order.shape(config.epochs, length, ways("batch") * config.micro_batches)
-    check_divides(mesh_sizes(mesh), whole, shape.rows // config.micro_batches, length)
+    shape = shape_of_pairs(order, loaded.longest, config.epochs, config.micro_batches)
+    check_divides(mesh_sizes(mesh), whole, shape.rows // config.micro_batches, shape.length)
     total_steps = config.epochs * order.batches
     schedule = warmed_up(config.optimizer, total_steps)
     model = trunk_config(whole)
@@ -226,7 +201,7 @@ def train(prepared: Run, checkpoints: Checkpoints, decisive: dict[str, Any]) -> 
         reward = {
             "plain": config.plain,
             "findings": newest and dataclasses.asdict(newest),
-            "adapters": adapters_metadata(config.lora, prepared.checkpoint) if prepared.is_lora else None,
+            "adapters": config.adapters and adapters_metadata(config.adapters, prepared.checkpoint),
         }
         own = {"model": dataclasses.asdict(prepared.model), "reward": reward, "recipe": decisive}
         checkpoints.save(state, own | {"cursor": cursor._asdict()}, prepared.tokenizer)
@@ -255,7 +230,7 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, Bat
     config, mesh, optimizer = prepared.config, prepared.mesh, prepared.optimizer
     abstract_state = describe_state(config, prepared.model, optimizer, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    frozen = without_head(load_model(prepared.checkpoint, mesh, config.compute.dtype)[0]) if prepared.is_lora else None
+    frozen = without_head(load_model(prepared.checkpoint, mesh, config.compute.dtype)[0]) if config.adapters else None
     if restored := checkpoints.restore_newest(abstract_state):
         state, metadata = restored
         say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
@@ -265,8 +240,8 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, Bat
     def fresh(trunk: Any) -> TrainState:
         return steps.new_state(with_scalar_head(trunk, prepared.model, key), optimizer)
 
-    if prepared.is_lora:
-        make = jax.jit(lambda: fresh(init_adapters(prepared.model, config.lora, key)), out_shardings=layout)
+    if config.adapters:
+        make = jax.jit(lambda: fresh(init_adapters(prepared.model, config.adapters, key)), out_shardings=layout)
         return make(), frozen, BatchCursor()
     trunk = without_head(load_model(prepared.checkpoint, mesh, "float32")[0])
     return jax.jit(fresh, out_shardings=layout, donate_argnums=0)(trunk), None, BatchCursor()
@@ -274,15 +249,15 @@ def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, Bat
 
 def assemble(config: RewardConfig, trained: RewardModel, frozen: Any, key: jax.Array | None = None) -> RewardModel:
     """The whole model: what is trained, with adapters put into what is frozen; with a key, their dropout is on."""
-    if config.train != "lora":
+    if config.adapters is None:
         return trained
-    return dataclasses.replace(trained, trunk=adapt(frozen, trained.trunk, config.lora, key))
+    return dataclasses.replace(trained, trunk=adapt(frozen, trained.trunk, config.adapters, key))
 
 
 def declared(config: RewardConfig, model: LlamaConfig) -> RewardModel:
     """What is trained, as a tree of declarations."""
     whole = describe_reward_model(model)
-    return dataclasses.replace(whole, trunk=describe_adapters(model, config.lora)) if config.train == "lora" else whole
+    return dataclasses.replace(whole, trunk=describe_adapters(model, config.adapters)) if config.adapters else whole
 
 
 def describe_state(
@@ -308,7 +283,7 @@ def describe_step(
     weights that it takes as shapes, dtypes and shardings.
     """
     state = describe_state(config, model, optimizer, mesh)
-    frozen = abstract(model, mesh, config.compute.dtype) if config.train == "lora" else None
+    frozen = abstract(model, mesh, config.compute.dtype) if config.adapters else None
     train_step = steps.make_train_step(
         optimizer,
         config.compute,
@@ -356,7 +331,7 @@ def banner(prepared: Run, plan: dict[str, Any]) -> str:
         [
             f"devices     {known['devices']}",
             f"model       {prepared.model.n_params:,} parameters from {config.checkpoint}, under a scalar head; trained: "
-            + (f"adapters of rank {config.lora.rank}" if prepared.is_lora else "every weight"),
+            + (f"adapters of rank {config.adapters.rank}" if config.adapters else "every weight"),
             f"data        {', '.join(config.data.sources)}: {drawn:,} pairs an epoch, {held_out:,} held out",
             f"steps       {prepared.total_steps:,}: {config.epochs} epochs in batches of {config.pairs} pairs, in "
             f"{shape.rows} rows of {shape.length} tokens; warm-up {prepared.schedule.warmup_steps}",
@@ -370,13 +345,8 @@ def banner(prepared: Run, plan: dict[str, Any]) -> str:
 
 def show(prepared: Run, plan: dict[str, Any]) -> None:
     """Prints a dry run: the plan, the statistics of each source, and a pair with its judged answers between arrows."""
-    pair, tables = shown_pair(prepared.loaded.train, prepared.tokenizer), described(prepared.loaded)
     if prepared.config.json:
-        recipe = dataclasses.asdict(prepared.config)
-        own = {"recipe": recipe, "data": tables, "pair": pair, "steps": prepared.total_steps}
-        print(json.dumps(own | plan, indent=2))
-        return
-    print(banner(prepared, plan))
-    for source, table in tables.items():
-        print(f"--- {source}: " + ", ".join(f"{name} {value:.4g}" for name, value in table.items()))
-    print(f"--- chosen\n{pair[0]}\n--- rejected\n{pair[1]}")
+        own = {"recipe": dataclasses.asdict(prepared.config), "steps": prepared.total_steps}
+        print(json.dumps(own | pairs_as_json(prepared.loaded, prepared.tokenizer) | plan, indent=2))
+    else:
+        print(f"{banner(prepared, plan)}\n{pairs_as_text(prepared.loaded, prepared.tokenizer)}")

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
 
-from llama_jax.data.prompts import PromptsConfig
+from llama_jax.data.prompts import PromptsConfig, check_sources
 from llama_jax.errors import UserError
 from llama_jax.stages.ppo_config import PPOConfig
 from llama_jax.stages.rejection import RejectionConfig
 from llama_jax.stages.reward import RewardConfig
 from llama_jax.stages.sft import SFTConfig
+from llama_jax.training.run_config import check_counts
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,12 @@ def check(config: RLHFConfig, has_annotate: bool) -> None:
         raise UserError(
             "name the model to begin with: llama-jax rlhf CHECKPOINT --data FILE.jsonl --preferences PAIRS.jsonl"
         )
-    if not config.data.sources:
-        raise UserError("No prompts. Set --data.sources to a .jsonl file of dialogues, hf:NAME or tfds:NAME.")
+    check_sources(config.data)
     if not config.preferences and not has_annotate:
         raise UserError(
             "No preferences. Set --preferences to a .jsonl file of pairs for each version, hf:NAME or tfds:NAME."
         )
-    for name in ("versions", "ppo_from", "pool_from", "eval_prompts"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be 1 or more")
+    check_counts(config, "versions", "ppo_from", "pool_from", "eval_prompts")
     if not all(0 < share < 1 for share in config.mixes):
         raise UserError(f"--mixes is {config.mixes}; expected two shares between 0 and 1, such as 0.5 0.9")
     if not 0 <= config.eval_temperature < float("inf"):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -32,7 +32,7 @@ from llama_jax.data.examples import (
 )
 from llama_jax.data.packing import Batch
 from llama_jax.errors import UserError
-from llama_jax.model.lora import Adapters, LoraConfig, adapt, describe_adapters
+from llama_jax.model.lora import adapt
 from llama_jax.model.nf4 import nf4_abstract
 from llama_jax.model.quantize import quantize_abstract
 from llama_jax.model.transformer import Transformer, abstract
@@ -48,23 +48,26 @@ from llama_jax.training.held_out import make_score
 from llama_jax.training.loop import fit
 from llama_jax.training.metrics import improvement, say
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from llama_jax.training.run_config import HOW_IT_COMPUTES, RunConfig, run_dataclass
-from llama_jax.training.run_folder import fingerprint, make_folder, open_run, without
+from llama_jax.training.run_config import (
+    HOW_IT_COMPUTES,
+    TuningConfig,
+    check_bits,
+    check_counts,
+    length_within,
+    run_dataclass,
+)
+from llama_jax.training.run_folder import fingerprint, open_run, run_checkpoints, without
 from llama_jax.training.step import TrainState
 
 PAPER_PEAK_LR = 2e-5
 
 
 @run_dataclass
-class SFTConfig(RunConfig):
+class SFTConfig(TuningConfig):
     """One fine-tuning run."""
 
-    checkpoint: str = ""
-    """The model to begin with, of any form."""
     data: DialogueConfig = field(default_factory=DialogueConfig)
     """The dialogues."""
-    plain: bool = False
-    """Prompt and completion as plain text, instead of Llama 2's chat format."""
     epochs: int = 2
     """Passes over the dialogues."""
     rows: int = 64
@@ -74,10 +77,6 @@ class SFTConfig(RunConfig):
     # Our choice: no warm-up and a tenth of the peak at the end; the paper says neither.
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(peak_lr=PAPER_PEAK_LR, warmup_steps=0))
     """AdamW and its schedule; 1e-4 to 2e-4 is common for adapters."""
-    train: Literal["all", "lora"] = "all"
-    """What is trained: every weight, or low-rank adapters beside frozen ones."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapters, where they are trained."""
     int8: bool = False
     """Keep the frozen weights in 8 bits."""
     nf4: bool = False
@@ -113,11 +112,6 @@ class Run:
     mesh: Mesh
     optimizer: GradientTransformation
 
-    @property
-    def is_lora(self) -> bool:
-        """Whether adapters are trained."""
-        return self.config.train == "lora"
-
 
 def run(config: SFTConfig) -> None:
     """Fine-tunes what `config` describes into `config.out`, going on where an earlier run of it stopped.
@@ -134,7 +128,7 @@ def run(config: SFTConfig) -> None:
         say(str(prepared.loaded))
         if config.data.held_out and not len(prepared.loaded.held_out):
             say("so few dialogues leave none to measure the loss on; --data.held-out 0.1 keeps a tenth of them back")
-        if prepared.is_lora and config.optimizer.peak_lr <= PAPER_PEAK_LR:
+        if config.adapters and config.optimizer.peak_lr <= PAPER_PEAK_LR:
             say(
                 f"--optimizer.peak-lr {config.optimizer.peak_lr:g} is little for adapters, which begin at nothing; "
                 "1e-4 to 2e-4 is common"
@@ -143,9 +137,7 @@ def run(config: SFTConfig) -> None:
             show(prepared, compile_step(prepared)[1])
             return
         folder = Path(config.out)
-        make_folder(folder)
-        checkpoints = Checkpoints(folder / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
-        try:
+        with run_checkpoints(config) as checkpoints:
             examples = prepared.loaded.train
             decisive = without(config, FREE_TO_CHANGE) | {
                 "checkpoint": str(prepared.checkpoint),
@@ -154,16 +146,14 @@ def run(config: SFTConfig) -> None:
             }
             open_run(folder, "sft", config, decisive, prepared.tokenizer, checkpoints, config.resume)
             metadata = {"recipe": decisive}
-            if prepared.is_lora:
-                adapters = adapters_metadata(config.lora, prepared.checkpoint)
+            if config.adapters:
+                adapters = adapters_metadata(config.adapters, prepared.checkpoint)
                 metadata |= {"model": dataclasses.asdict(prepared.model), "adapters": adapters}
 
             def save(state: TrainState, cursor: RowCursor) -> None:
                 checkpoints.save(state, metadata | {"cursor": cursor._asdict()}, prepared.tokenizer)
 
             train(prepared, checkpoints, save)
-        finally:
-            checkpoints.close()
     change = improvement(folder, "eval/loss", "held-out loss")
     say(f"done: {folder}{change}; try: llama-jax chat {folder}{' --plain' if config.plain else ''}")
 
@@ -183,7 +173,7 @@ def prepare(config: SFTConfig, mesh: Mesh) -> Run:
     packing = Packing(loaded.train, length, config.seed, config.data.weights)
     check_length(config, packing)
     total_steps = math.ceil(packing.count(config.epochs) / config.rows)
-    optimizer = make_optimizer(config.optimizer, declared(config, model), total_steps)
+    optimizer = make_optimizer(config.optimizer, steps.declared(model, config.adapters), total_steps)
     return Run(config, checkpoint, model, tokenizer, loaded, packing, total_steps, mesh, optimizer)
 
 
@@ -193,22 +183,12 @@ def check(config: SFTConfig, model: LlamaConfig, sizes: dict[str, int]) -> int:
     Raises:
       UserError: they do not; says what would.
     """
-    if (config.int8 or config.nf4) and config.train != "lora":
-        raise UserError("--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora")
-    if config.int8 and config.nf4:
-        raise UserError("--int8 and --nf4 were both given; the frozen weights have 8 bits or 4")
-    length = config.length or model.context_length
-    if length > model.context_length:
-        raise UserError(f"--length {length} is more than the model's context of {model.context_length} tokens")
+    check_bits(config)
+    length = length_within(config.length, model)
     if config.micro_batches < 1 or config.rows % config.micro_batches:
         raise UserError(f"--micro-batches {config.micro_batches} does not divide the {config.rows} rows of a batch")
     check_divides(sizes, model, config.rows // config.micro_batches, length)
     return length
-
-
-def declared(config: SFTConfig, model: LlamaConfig) -> LlamaConfig | Adapters:
-    """What is trained, as `make_optimizer` takes it."""
-    return describe_adapters(model, config.lora) if config.train == "lora" else model
 
 
 def check_length(config: SFTConfig, packing: Packing) -> None:
@@ -217,8 +197,7 @@ def check_length(config: SFTConfig, packing: Packing) -> None:
     Raises:
       UserError: a batch would hold dialogues several times, or nothing is asked for.
     """
-    if config.epochs < 1 or config.rows < 1:
-        raise UserError(f"--epochs {config.epochs} and --rows {config.rows} must both be 1 or more")
+    check_counts(config, "epochs", "rows")
     rows = len(packing.epoch(0))
     if rows < config.rows:
         raise UserError(
@@ -255,28 +234,22 @@ def train(prepared: Run, checkpoints: Checkpoints, save: Callable[[TrainState, R
 def begin(prepared: Run, checkpoints: Checkpoints) -> tuple[TrainState, Any, RowCursor]:
     """The state to train from, what stays frozen beside it, and the place in the data."""
     config, mesh, optimizer = prepared.config, prepared.mesh, prepared.optimizer
-    abstract_state = describe_state(prepared)
+    abstract_state = steps.abstract_state(
+        prepared.model, optimizer, mesh, config.adapters, offload=config.compute.offload
+    )
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     frozen = None
-    if prepared.is_lora:
+    if config.adapters:
         frozen = load_model(prepared.checkpoint, mesh, config.compute.dtype, int8=config.int8, nf4=config.nf4)[0]
     if restored := checkpoints.restore_newest(abstract_state):
         state, metadata = restored
         say(f"resumed at step {int(state.step)} from {checkpoints.folder}")
         return state, frozen, RowCursor(**metadata["cursor"])
-    if prepared.is_lora:
-        state = steps.begin_adapters(prepared.model, config.lora, optimizer, layout, config.seed)
+    if config.adapters:
+        state = steps.begin_adapters(prepared.model, config.adapters, optimizer, layout, config.seed)
         return state, frozen, RowCursor()
     model = load_model(prepared.checkpoint, mesh, "float32")[0]
     return steps.adopt(model, optimizer, layout), None, RowCursor()
-
-
-def describe_state(prepared: Run) -> TrainState:
-    """The state as shapes, dtypes and shardings."""
-    lora = prepared.config.lora if prepared.is_lora else None
-    return steps.abstract_state(
-        prepared.model, prepared.optimizer, prepared.mesh, lora, offload=prepared.config.compute.offload
-    )
 
 
 def describe_step(
@@ -285,16 +258,14 @@ def describe_step(
     """The training step for a model and rows of `length` tokens, and the state, batch and frozen weights that it takes as
     shapes, dtypes and shardings.
     """
-    state = steps.abstract_state(
-        model, optimizer, mesh, config.lora if config.train == "lora" else None, offload=config.compute.offload
-    )
+    state = steps.abstract_state(model, optimizer, mesh, config.adapters, offload=config.compute.offload)
     frozen, assemble = None, steps.whole_model
-    if config.train == "lora":
+    if config.adapters:
         frozen = abstract(model, mesh, config.compute.dtype)
         frozen = quantize_abstract(frozen) if config.int8 else nf4_abstract(frozen) if config.nf4 else frozen
 
         def assemble(adapters: Any, frozen: Transformer, key: jax.Array) -> Transformer:
-            return adapt(frozen, adapters, config.lora, key)
+            return adapt(frozen, adapters, config.adapters, key)
 
     train_step = steps.make_train_step(
         optimizer,
@@ -329,7 +300,7 @@ def make_evaluation(prepared: Run, frozen: Any) -> Callable[[TrainState], dict[s
     def evaluate(state: TrainState) -> dict[str, float]:
         if not len(examples):
             return {}
-        model = adapt(frozen, state.model, config.lora) if prepared.is_lora else state.model
+        model = adapt(frozen, state.model, config.adapters) if config.adapters else state.model
         nats, targets = score(model, batches())
         return {"eval/loss": nats / targets}
 
@@ -340,9 +311,9 @@ def banner(prepared: Run, plan: dict[str, Any]) -> str:
     """The plan for people."""
     config, known = prepared.config, compiling.describe_plan(plan)
     trained = "every weight"
-    if prepared.is_lora:
+    if config.adapters:
         base = "int8" if config.int8 else "nf4" if config.nf4 else config.compute.dtype
-        trained = f"adapters of rank {config.lora.rank} beside frozen {base} weights"
+        trained = f"adapters of rank {config.adapters.rank} beside frozen {base} weights"
     epoch = prepared.packing.report()
     return "\n".join(
         [

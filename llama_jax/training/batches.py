@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.data.pairs import BatchShape, PairBatch
-from llama_jax.parallel.mesh import batch_rows_of_process, global_array, sharding
+from llama_jax.data.pairs import BatchShape, PairBatch, PairOrder
+from llama_jax.parallel.mesh import batch_rows_of_process, global_array, sharding, ways
 
 AnyBatch = TypeVar("AnyBatch", bound=tuple)  # a NamedTuple of arrays
 
@@ -17,6 +17,11 @@ def share_of_process(mesh: Mesh, rows: int) -> dict[str, int]:
     """Which equal share of a batch's rows this process feeds to its devices, as `make_batches` takes it."""
     span = batch_rows_of_process(mesh, rows)
     return {"process_index": span.start // (span.stop - span.start), "process_count": rows // (span.stop - span.start)}
+
+
+def shape_of_pairs(order: PairOrder, longest: int, epochs: int, micro_batches: int) -> BatchShape:
+    """The shape of the batches of pairs on the ambient mesh; our choice: a row is as long as the longest pair."""
+    return order.shape(epochs, longest + -longest % (128 * ways("length")), ways("batch") * micro_batches)
 
 
 def abstract_pairs(mesh: Mesh, shape: BatchShape) -> PairBatch:

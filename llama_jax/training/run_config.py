@@ -1,10 +1,13 @@
-"""The fields that the recipe of every training run has, whatever its stage."""
+"""The fields that the recipes of several stages share, and what of them cannot be."""
 
 import dataclasses
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal, dataclass_transform
 
-from llama_jax.config import Compute
+from llama_jax.config import Compute, LlamaConfig
+from llama_jax.errors import UserError
+from llama_jax.model.lora import LoraConfig
 from llama_jax.training.loop import LoopConfig
 
 # How a run computes, not what: a continuation may do it another way.
@@ -47,3 +50,44 @@ def run_dataclass(stage_config: Any) -> Any:
     shared = {one.name for one in dataclasses.fields(RunConfig)}
     made.__dataclass_fields__ = dict(sorted(made.__dataclass_fields__.items(), key=lambda item: item[0] in shared))
     return made
+
+
+@run_dataclass
+class TuningConfig(RunConfig):
+    """What every run that trains a model further has to say of it."""
+
+    checkpoint: str = ""
+    """The model to begin with, of any form."""
+    plain: bool = False
+    """Prompt and answer as plain text, instead of Llama 2's chat format."""
+    train: Literal["all", "lora"] = "all"
+    """What is trained: every weight, or low-rank adapters beside frozen ones."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapters, where they are trained."""
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that are trained; None where every weight is."""
+        return self.lora if self.train == "lora" else None
+
+
+def check_counts(config: Any, *names: str) -> None:
+    """Raises UserError unless the fields of these names, dotted where they are nested, are 1 or more."""
+    for name in names:
+        if (value := attrgetter(name)(config)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+
+
+def check_bits(config: Any) -> None:
+    """Raises UserError unless `int8` and `nf4` are of what is frozen, and one of them at the most."""
+    if (config.int8 or config.nf4) and config.train != "lora":
+        raise UserError("--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora")
+    if config.int8 and config.nf4:
+        raise UserError("--int8 and --nf4 were both given; the frozen weights have 8 bits or 4")
+
+
+def length_within(length: int, model: LlamaConfig) -> int:
+    """The tokens that `--length` asks for, where 0 means the model's context. Raises UserError if these are more."""
+    if length > model.context_length:
+        raise UserError(f"--length {length} is more than the model's context of {model.context_length} tokens")
+    return length or model.context_length

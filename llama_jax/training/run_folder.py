@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,22 @@ import numpy as np
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import FILE_NAME, Tokenizer
 from llama_jax.training.checkpoint import Checkpoints, installed_versions
+from llama_jax.training.run_config import RunConfig
+
+
+@contextmanager
+def run_checkpoints(config: RunConfig) -> Iterator[Checkpoints]:
+    """The checkpoints of a run in its folder, which is created; what is under way is finished in the end.
+
+    Raises:
+      UserError: the folder cannot be written to.
+    """
+    make_folder(Path(config.out))
+    checkpoints = Checkpoints(Path(config.out) / "checkpoints", config.loop.keep_last, config.loop.keep_every or None)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
 
 
 def open_run(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import Compute, LlamaConfig
 from llama_jax.data.packing import Batch
 from llama_jax.model import transformer
-from llama_jax.model.lora import LoraConfig, abstract_adapters, init_adapters
+from llama_jax.model.lora import Adapters, LoraConfig, abstract_adapters, describe_adapters, init_adapters
 from llama_jax.model.quantize import Int8, dequantize
 from llama_jax.model.transformer import Transformer
 from llama_jax.parallel.mesh import sharding
@@ -68,6 +68,11 @@ class StepMetrics(NamedTuple):
 def init_state(config: LlamaConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """A fresh state with random weights."""
     return new_state(transformer.init(config, key), optimizer)
+
+
+def declared(config: LlamaConfig, lora: LoraConfig | None) -> LlamaConfig | Adapters:
+    """What is trained, a whole model or adapters of one, as `make_optimizer` takes it."""
+    return config if lora is None else describe_adapters(config, lora)
 
 
 def new_state(model: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -14,6 +14,7 @@ from llama_jax.data.examples import DialogueConfig, load_examples
 from llama_jax.data.prompts import PromptsConfig
 from llama_jax.data.samples import read_samples
 from llama_jax.errors import UserError
+from llama_jax.generation import answer_scores
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.replies import reply_to, seed_of
 from llama_jax.stages import distillation
@@ -284,7 +285,7 @@ def test_prompts_that_leave_no_room_with_their_preprompts_are_left_out(speak, re
 def test_the_verb_names_its_judge_and_writes_a_report(speak, recipe, monkeypatch, capsys):
     monkeypatch.setattr(distillation, "find_judge", lambda path, template: Path(path) / "checkpoints" / "7")
     loaded = []
-    monkeypatch.setattr(distillation, "make_score", lambda path, mesh: loaded.append((path, mesh)) or value)
+    monkeypatch.setattr(answer_scores, "make_score", lambda path, mesh: loaded.append((path, mesh)) or value)
     speak()
     words = [
         f"--{name.replace('_', '-')}={getattr(recipe(), name)}" for name in ("max_new_tokens", "preprompts", "out")

@@ -176,7 +176,7 @@ def test_the_settings_are_the_authors():
     ("changes", "message"),
     [
         ({"checkpoint": ""}, "name the model to begin with"),
-        ({"epochs": 0}, "--epochs 0, --pairs 32 and --micro-batches 1 must be 1 or more"),
+        ({"epochs": 0}, "--epochs is 0; it must be 1 or more"),
         ({"beta": 0.0}, "--beta 0.0 must be above 0"),
         ({"beta": math.nan}, "--beta nan must be above 0"),
         ({"label_smoothing": 0.5}, "--label-smoothing 0.5 must be from 0 to below 0.5"),

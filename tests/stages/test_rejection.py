@@ -313,7 +313,7 @@ def judge(monkeypatch):
 def test_the_reward_model_judges_and_is_named_by_its_checkpoint(speak, recipe, judge, monkeypatch, capsys):
     judge(Findings(pairs=100, accuracy=0.5, length_correlation=0.0, padding_change=0.0))
     loaded = []
-    monkeypatch.setattr(rejection, "make_score", lambda path, mesh: loaded.append((path, mesh)) or value)
+    monkeypatch.setattr(answer_scores, "make_score", lambda path, mesh: loaded.append((path, mesh)) or value)
     speak()
     words = [f"--{name.replace('_', '-')}={getattr(recipe(), name)}" for name in ("max_new_tokens", "batch", "out")]
     words += ["--samples", "4", "--temperatures", "0.8", "1.2", "--reward", "helpful"]

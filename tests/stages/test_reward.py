@@ -231,7 +231,7 @@ def test_the_verb_reports_and_dry_runs(recipe, trained, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"checkpoint": ""}, "name the model to begin with"),
-        ({"pairs": 0}, "--epochs 1, --pairs 0 and --micro-batches 1 must be 1 or more"),
+        ({"pairs": 0}, "--pairs is 0; it must be 1 or more"),
         ({"length": 1000}, "--length 1000 is more than the model's context of 128"),
         ({"margins": (1.0, float("nan"), 0.0, 0.0)}, "must be 0 or more"),
         ({"safety_weight": 1.0}, "--safety-weight is for pairs with safety labels"),

@@ -229,7 +229,7 @@ def test_a_dry_run_shows_what_is_trained_and_touches_nothing(base, data, tmp_pat
         (("--int8",), "--int8 and --nf4 are for frozen weights, and --train all trains them; say --train lora"),
         (("--int8", "--nf4", "--train", "lora"), "--int8 and --nf4 were both given"),
         (("--rows", "64"), "the dialogues fill"),
-        (("--epochs", "0"), "--epochs 0 and --rows 8 must both be 1 or more"),
+        (("--epochs", "0"), "--epochs is 0; it must be 1 or more"),
         (("--data=nowhere.jsonl",), "nowhere.jsonl"),
         (("--length", "65"), "--length 65 is more than the model's context of 64 tokens"),
         (("--micro-batches", "3"), "--micro-batches 3 does not divide the 8 rows"),
