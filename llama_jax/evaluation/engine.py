@@ -17,7 +17,7 @@ from tqdm import tqdm
 from llama_jax.errors import Preempted, UserError
 from llama_jax.generation.cache import slots_for
 from llama_jax.generation.choices import score_choices
-from llama_jax.generation.llama import Llama
+from llama_jax.generation.llama import Llama, checked
 from llama_jax.generation.rollouts import draw
 from llama_jax.generation.sampler import Sampling
 from llama_jax.generation.scoring import Score
@@ -32,7 +32,11 @@ class Answers:
     """Answers by what was asked, in a file that grows by a line an answer; a line that was half written is asked again."""
 
     def __init__(self, path: Path | None):
-        """Opens the file, which need not be there; without one, answers are kept in memory alone."""
+        """Opens the file, which need not be there; without one, answers are kept in memory alone.
+
+        Raises:
+          UserError: the file holds something else than answers.
+        """
         self._known: dict[str, Any] = {}
         self._file = None
         if path is None:
@@ -41,7 +45,10 @@ class Answers:
         if path.exists():
             content = path.read_bytes()
             whole = content.rfind(b"\n") + 1
-            self._known = {row["asked"]: row["answer"] for row in map(json.loads, content[:whole].splitlines())}
+            try:
+                self._known = {row["asked"]: row["answer"] for row in map(json.loads, content[:whole].splitlines())}
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} holds no answers ({error}); remove it, or name another --out") from error
         if jax.process_index() == 0:
             self._file = path.open("ab")
             self._file.truncate(whole)
@@ -79,11 +86,17 @@ class Engine:
           answers: what it has answered before, and where new answers go.
           rows: texts under way at once.
           seed: of what is drawn at a temperature above 0.
+
+        Raises:
+          UserError: there are no rows.
         """
+        if rows < 1:
+            raise UserError(f"--rows is {rows}; it must be 1 or more")
         self.llama = llama
+        self.seed = seed
         self.truncated: set[str] = set()
         """What was asked with a prompt that lost its beginning."""
-        self._answers, self._rows, self._seed = answers, rows, seed
+        self._answers, self._rows = answers, rows
 
     @property
     def context(self) -> int:
@@ -148,16 +161,18 @@ class Engine:
           what: for the line that shows progress.
 
         Raises:
-          UserError: `max_new_tokens` leaves no room for a prompt.
+          UserError: `max_new_tokens` leaves no room for a prompt, or a setting is out of range.
           Preempted: told to stop; what is known is in the file.
         """
-        room = self.context - max_new_tokens
-        if room < 1 or max_new_tokens < 1:
+        sampling, room = checked(sampling), self.context - max_new_tokens
+        if max_new_tokens < 1:
+            raise UserError(f"answers of {max_new_tokens} tokens are asked for; it must be 1 or more")
+        if room < 1:
             raise UserError(
                 f"answers of {max_new_tokens} tokens in a context of {self.context} leave no room for a prompt; "
                 "take a model with a longer context, or leave such a task out with --tasks"
             )
-        settings = [max_new_tokens, list(stops), *map(float, sampling), self._seed]
+        settings = [max_new_tokens, list(stops), *map(float, sampling), self.seed]
         asked, read, times = [], {}, {}
         for prompt in prompts:
             kept = tuple(prompt[-room:])

@@ -134,7 +134,7 @@ class Llama:
         A piece never ends inside a character. The prompt is not repeated. Arguments and errors as `generate`; errors are raised at once.
         What stands in `kept` already, from the stream before, is not read again; that changes no more than rounding.
         """
-        sampling = _checked(Sampling(temperature, top_p, top_k))
+        sampling = checked(Sampling(temperature, top_p, top_k))
         ids = self._ids(prompt)
         chunks = self._draw([ids], [self._budget(ids, max_new_tokens)], sampling, seed, steps=1, kept=kept)
         decoder = self.tokenizer.stream(continues=len(ids) > 1)
@@ -174,7 +174,7 @@ class Llama:
         Raises:
           UserError: a setting out of range, a prompt longer than the context, or an id that is no token.
         """
-        sampling = _checked(Sampling(temperature, top_p, top_k))
+        sampling = checked(Sampling(temperature, top_p, top_k))
         if samples < 1:
             raise UserError(f"samples is {samples}; it must be 1 or more")
         read = [self._ids(prompt) for prompt in prompts]
@@ -379,7 +379,8 @@ def _seeds(seed: int | Sequence[int], rows: int, spare: int) -> tuple[np.ndarray
     return np.array(low_bits, np.uint32), np.array([*numbers, *[0] * spare], np.uint32)
 
 
-def _checked(sampling: Sampling) -> Sampling:
+def checked(sampling: Sampling) -> Sampling:
+    """The same settings as numbers of their types. Raises UserError for one that is out of range."""
     if not 0 <= sampling.temperature < float("inf"):
         raise UserError(f"--temperature is {sampling.temperature}; it must be 0 (the likeliest token) or more")
     if not 0 <= sampling.top_p <= 1:

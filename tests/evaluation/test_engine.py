@@ -125,3 +125,16 @@ def test_what_leaves_no_room_is_refused(llama, prompts):
         completed(llama, prompts, max_new_tokens=512)
     with pytest.raises(UserError, match="a text to score has 0 tokens; expected 1 to the model's context, 512"):
         Engine(llama, Answers(None)).score([[1]], [[]])
+    with pytest.raises(UserError, match="answers of 0 tokens are asked for"):
+        completed(llama, prompts, max_new_tokens=0)
+    with pytest.raises(UserError, match="--temperature is -0.5; it must be 0"):
+        completed(llama, prompts, sampling=Sampling(-0.5, 1.0, 0))
+
+
+@pytest.mark.parametrize("line", ["something else", '{"number": 1, "answer": "x"}', '["asked", "answer"]', "3"])
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path, line):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(UserError, match="answers.jsonl holds no answers"):
+        Answers(path)
+    assert path.read_text() == f"{line}\n"
