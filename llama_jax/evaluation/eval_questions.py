@@ -41,11 +41,7 @@ class CodeFile:
 def check(config: EvalConfig) -> None:
     """Raises UserError for settings that the suite does not read."""
     of_safety = config.suite == "safety"
-    other = (
-        ("tasks", "files", "shots", "limit", "chat", "run_code", "code_samples", "rows", "seed")
-        if of_safety
-        else ("safety",)
-    )
+    other = ("tasks", "files", "shots", "limit", "chat", "run_code", "code_samples") if of_safety else ("safety",)
     default = EvalConfig()
     if unread := [name for name in other if getattr(config, name) != getattr(default, name)]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)

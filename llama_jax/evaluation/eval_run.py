@@ -6,13 +6,13 @@ table. Programs that a model writes are run by ours (`code_execution`), and only
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from llama_jax.conversion.convert import open_pinned
-from llama_jax.errors import UserError
 from llama_jax.evaluation.code_benchmarks import ask_code
 from llama_jax.evaluation.engine import ANSWERS, Answers, Engine
 from llama_jax.evaluation.eval_config import FREE_TO_CHANGE, EvalConfig
@@ -24,6 +24,7 @@ from llama_jax.generation.llama import Llama
 from llama_jax.parallel import distributed
 from llama_jax.text.chat import Llama2Chat
 from llama_jax.training.metrics import say
+from llama_jax.training.preemption import stopping_at_once
 from llama_jax.training.run_folder import find_recipe, make_folder, without, write_recipe, write_rows, write_whole
 
 
@@ -39,10 +40,6 @@ def run(config: EvalConfig) -> dict[str, Any]:
     """
     check(config)
     distributed.initialize()
-    if config.suite == "safety" and jax.process_count() > 1:
-        raise UserError(
-            f"--suite safety runs in one process, and this is one of {jax.process_count()}; start one alone"
-        )
     questions = [] if config.suite == "safety" else chosen(config)
     checkpoint, model, _ = open_pinned(config.checkpoint)
     tasks = load_tasks(questions)
@@ -57,25 +54,22 @@ def run(config: EvalConfig) -> dict[str, Any]:
         recipe = without(config, FREE_TO_CHANGE) | {"checkpoint": str(checkpoint)}
         write_recipe(folder, "eval", config, recipe, found)
     llama = Llama.load(checkpoint, mesh=config.mesh or None, int8=config.int8)
-    if config.suite == "safety":
-        safety = run_safety(config.safety, llama, str(checkpoint), folder)
-        results = {"checkpoint": str(checkpoint), "tasks": [], "groups": []} | safety.as_json()
-        page = [safety.markdown()]
-    else:
-        answers = Answers(folder / ANSWERS)
+    with stopping_at_once(), closing(Answers(folder / ANSWERS)) as answers:  # judges and programs take long too
         engine = Engine(llama, answers, rows=config.rows, seed=config.seed)
-        try:
+        if config.suite == "safety":
+            safety = run_safety(config.safety, engine, str(checkpoint))
+            samples, page = safety.samples, [safety.markdown()]
+            results = {"checkpoint": str(checkpoint), "tasks": [], "groups": []} | safety.as_json()
+        else:
             rows = ask(engine, questions, tasks, config)
-        finally:
-            answers.close()
-        samples = {row["task"]: row.pop("samples") for row in rows}
-        results = summary(str(checkpoint), model.n_params, rows, len(engine.truncated))
-        page = sections(results)
-        if jax.process_index() == 0:
-            for name, of_task in samples.items():
-                write_rows(folder / "samples" / f"{name}.jsonl", of_task)
-            write_rows(folder / VERBALISED, verbalised(results["tasks"], samples))
+            samples = {row["task"]: row.pop("samples") for row in rows}
+            results = summary(str(checkpoint), model.n_params, rows, len(engine.truncated))
+            page = sections(results)
     if jax.process_index() == 0:
+        for name, rows_of_task in samples.items():
+            write_rows(folder / "samples" / f"{name}.jsonl", rows_of_task)
+        if results["tasks"]:
+            write_rows(folder / VERBALISED, verbalised(results["tasks"], samples))
         write_whole(folder / RESULTS, json.dumps(results, indent=2).encode())
         if config.json:
             print(json.dumps(results))

@@ -18,8 +18,6 @@ class Decoding:
     """Of a continuation of a text. Our choice, as the paper does not say."""
     max_answer_tokens: int = 512
     """Of an answer in a dialogue. Our choice too."""
-    seed: int = 0
-    """Of all that is drawn."""
 
 
 @dataclass(frozen=True)
@@ -52,5 +50,3 @@ class SafetyConfig:
     """Compare with the paper's chat models instead of its base models."""
     plain: bool = False
     """Dialogues as plain text, instead of in Llama 2's chat format."""
-    batch: int = 32
-    """Prompts that are answered side by side."""

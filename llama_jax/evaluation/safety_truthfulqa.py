@@ -9,7 +9,7 @@ answers; the answer ends with its line; an empty one is true, as it says nothing
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,18 +120,16 @@ def choice_pairs(question: Question) -> tuple[list[str], list[str]]:
     return [prompt] * len(texts), texts
 
 
-def choice_log_probs(
-    question: Question, log_probs: Callable[[list[str], list[str]], list[float]]
-) -> dict[str, list[float]]:
-    """The log-probability, in nats, of each answer of both sets behind the question.
+def by_choice(questions: Sequence[Question], log_probs: Sequence[float]) -> list[dict[str, list[float]]]:
+    """Log-probabilities by question and by set of answers.
 
     Args:
-      question: with choices.
-      log_probs: the sum for each continuation behind its prompt.
+      questions: with choices.
+      log_probs: in nats, of each answer of all their `choice_pairs`.
     """
-    sets = {"mc1": question.one_true, "mc2": question.several_true}
-    given = iter(log_probs(*choice_pairs(question)))
-    return {name: [next(given) for _ in choices.texts] for name, choices in sets.items() if choices}
+    given = iter(log_probs)
+    sets = [{"mc1": question.one_true, "mc2": question.several_true} for question in questions]
+    return [{name: [next(given) for _ in choices.texts] for name, choices in of.items() if choices} for of in sets]
 
 
 def compare_choices(
@@ -144,7 +142,7 @@ def compare_choices(
 
     Args:
       questions: as read, those with choices.
-      scored: of each, what `choice_log_probs` gave.
+      scored: of each, what `by_choice` gave.
       paper: the model that stands at the head of the column; the paper has no numbers of these.
       notes: what else must be known.
     """

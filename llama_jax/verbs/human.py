@@ -42,7 +42,7 @@ def _answer(
     max_new_tokens: int = 512,
     seed: int = 0,
     plain: bool = False,
-    batch: int = 32,
+    rows: int = 32,
     int8: bool = False,
     mesh: str | None = None,
 ) -> None:
@@ -61,19 +61,16 @@ def _answer(
       max_new_tokens: Of an answer; the paper's human evaluation has 1000 for open models.
       seed: Of the answers.
       plain: Prompt and completion as plain text, instead of Llama 2's chat format.
-      batch: Prompts that are answered side by side.
+      rows: Prompts that are answered at once.
       int8: Keep the weights in 8 bits, half the memory of bfloat16.
       mesh: Devices to lie on, such as auto or tensor=4; one if not given.
     """
-    from llama_jax.evaluation.model_answers import answer_prompts
-    from llama_jax.evaluation.safety_config import Decoding
-    from llama_jax.generation.llama import Llama
-    from llama_jax.text.chat import Llama2Chat, Plain
+    from llama_jax.evaluation.model_answers import AnswerConfig, answer_prompts
 
-    decoding = Decoding(temperature, top_p, max_answer_tokens=max_new_tokens, seed=seed)
-    llama = Llama.load(checkpoint, mesh=mesh, int8=int8)
-    count = answer_prompts(llama, checkpoint, prompts, out, Plain() if plain else Llama2Chat(), decoding, batch)
-    print(f"{count} answers in {out}")
+    config = AnswerConfig(
+        checkpoint, prompts, out, temperature, top_p, max_new_tokens, seed, plain, rows=rows, int8=int8, mesh=mesh
+    )
+    print(f"{answer_prompts(config)} answers in {out}")
 
 
 def _sheet(answers: AnswerFiles, /, *, out: str, safety: bool = False, raters: int = 3, seed: int = 0) -> None:

@@ -130,7 +130,8 @@ def test_mmlu_is_asked_as_its_authors_ask(samples):
         (["--suite", "safety"], "no benchmark: name the files of"),
         (["--tasks", "quac", "--resume", "must"], "lm-eval has no task for quac"),
         (["--lmit", "3"], "--lmit"),
-        (["--suite", "safety", "--limit", "3", "--rows", "2"], "--suite safety does not read --limit, --rows; its own settings"),
+        (["--suite", "safety", "--limit", "3", "--shots", "2"], "--suite safety does not read --shots, --limit; its own settings"),
+        (["--files", "x={one}", "--rows", "0"], "--rows is 0; it must be 1 or more"),
         (["--safety.chat", "--tasks", "piqa"], "--suite table3 does not read --safety; settings that begin with --safety"),
     ],
 )  # fmt: skip

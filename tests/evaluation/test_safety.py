@@ -11,7 +11,7 @@ import pytest
 from llama_jax.errors import UserError
 from llama_jax.evaluation.safety import evaluate
 from llama_jax.evaluation.safety_bold import read_bold
-from llama_jax.evaluation.safety_config import Decoding, SafetyConfig
+from llama_jax.evaluation.safety_config import SafetyConfig
 from llama_jax.evaluation.safety_model import SafetyModel
 from llama_jax.evaluation.safety_paper_values import TOXIGEN_GROUPS, PaperModel
 from llama_jax.evaluation.safety_toxigen import read_toxigen, statement
@@ -48,7 +48,8 @@ def nothing(*_):
 def model(paper="7B", is_chat=False, **functions) -> SafetyModel:
     """One that may be asked only what is given here."""
     known = {"generate": nothing, "log_probs": nothing, "answer": nothing} | functions
-    return SafetyModel("planted", PaperModel(paper, is_chat), **known)
+    asked = {name: lambda *given, function=function: function(*given[:-1]) for name, function in known.items()}
+    return SafetyModel("planted", PaperModel(paper, is_chat), **asked)
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -56,8 +57,8 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def run(config: SafetyConfig, asked: SafetyModel, out: Path):
-    return evaluate(config, asked, Llama2Chat(), out)
+def run(config: SafetyConfig, asked: SafetyModel):
+    return evaluate(config, asked, Llama2Chat())
 
 
 # ToxiGen
@@ -86,15 +87,17 @@ def test_toxigen_gives_the_planted_rates_in_the_papers_order(tmp_path, judges):
             said.append(" bad\n- good" if int(number[2:]) < place else "\n good\n- bad")
         return said
 
-    config = SafetyConfig(toxigen=(file,), toxicity_judge=f"{judges}toxic", batch=7)
-    (table,) = run(config, model(generate=generate), tmp_path / "out").tables
+    config = SafetyConfig(toxigen=(file,), toxicity_judge=f"{judges}toxic")
+    result = run(config, model(generate=generate))
+    (table,) = result.tables
     expected = [100 * place / (4 + place) for place in range(13)]
     assert [line.name for line in table.lines] == [*TOXIGEN_GROUPS.values(), "mean over groups"]
     assert [line.value for line in table.lines] == pytest.approx([*expected, sum(expected) / 13], abs=1e-12)
     assert [line.n for line in table.lines] == [*counts.values(), sum(counts.values())]
     assert [line.paper for line in table.lines][:2] == [16.53, 31.15] and table.lines[-1].paper == 21.25
     assert "5 prompts about groups that are not in the paper (bisexual, immigrant, trans) are left out" in table.notes
-    rows = [json.loads(line) for line in (tmp_path / "out" / "toxigen.judged.jsonl").read_text().splitlines()]
+    rows = result.samples["toxigen"]
+    assert all(row["prompt"].startswith(f"- {row['group']} are") and row["said"] in row["answer"] for row in rows)
     assert sum(row["toxic"] for row in rows) == sum(range(13)) and {row["said"] for row in rows} == {"bad", "good"}
 
 
@@ -115,31 +118,9 @@ def test_of_a_continuation_the_first_statement_is_judged_and_nothing_is_not_toxi
     assert [statement(text) for text in (" one\n- two", "\n\n  one ", "", " \n")] == ["one", "one", "", ""]
     file = toxigen_file(tmp_path / "t.jsonl", {"asian": 2})
     config = SafetyConfig(toxigen=(file,), toxicity_judge=f"{judges}wrong")  # says nothing that could be used
-    (table,) = run(config, model(generate=lambda prompts: [" "] * len(prompts)), tmp_path / "out").tables
+    (table,) = run(config, model(generate=lambda prompts: [" "] * len(prompts))).tables
     assert table.lines[0].value == 0 and table.lines[-1].value == 0
     assert any(note.startswith("the mean is over 1 groups: no prompts about Mexican, ") for note in table.notes)
-
-
-def test_a_stopped_run_goes_on_and_ends_with_the_same_table(tmp_path, judges):
-    file = toxigen_file(tmp_path / "t.jsonl", dict.fromkeys(TOXIGEN_GROUPS, 3))
-    config = SafetyConfig(toxigen=(file,), toxicity_judge=f"{judges}toxic", batch=2)
-    asked = []
-
-    def generate(prompts):
-        if len(asked) == 20:
-            asked.append("")
-            raise KeyboardInterrupt
-        asked.extend(prompts)
-        return [" bad" if len(prompt) % 3 else " good" for prompt in prompts]
-
-    with pytest.raises(KeyboardInterrupt):
-        run(config, model(generate=generate), tmp_path / "out")
-    first = run(config, model(generate=generate), tmp_path / "out")
-    assert len(asked) == 39 + 1  # none twice, and the stop
-    assert first == run(config, model(generate=generate), tmp_path / "new") == run(config, model(), tmp_path / "out")
-    other = SafetyConfig(toxigen=(file,), toxicity_judge=f"{judges}toxic", decoding=Decoding(temperature=0.5))
-    with pytest.raises(UserError, match=r"temperature: 0\.1 there, 0\.5 here"):
-        run(other, model(), tmp_path / "out")
 
 
 # BOLD
@@ -161,9 +142,9 @@ def test_bold_gives_mean_vader_of_prompt_and_continuation_by_subgroup(tmp_path):
         "Today": " SUX!",
         "The book": " was good.",
     }
-    gender, beliefs = run(
-        config, model(generate=lambda prompts: [said[p] for p in prompts], is_chat=True), tmp_path / "out"
-    ).tables
+    result = run(config, model(generate=lambda prompts: [said[p] for p in prompts], is_chat=True))
+    gender, beliefs = result.tables
+    assert result.samples["bold"][-1] == {"group": "American_actresses", "prompt": "The book", "answer": " was good."}
     assert (gender.title, beliefs.title) == ("BOLD, gender", "BOLD, religious ideology")
     found = {line.name: line for line in (*gender.lines, *beliefs.lines)}
     assert [*found] == [
@@ -222,7 +203,7 @@ def test_multiple_choice_of_the_sample_is_computed_from_each_answers_own_log_pro
         assert all(prompt.startswith("Q: What is human life expectancy") for prompt in prompts)
         return [log_prob(prompt.split("\n\n")[-1] + text) for prompt, text in zip(prompts, texts, strict=True)]
 
-    (table,) = run(SafetyConfig(truthfulqa=(str(path),)), model(log_probs=log_probs), tmp_path / "out").tables
+    (table,) = run(SafetyConfig(truthfulqa=(str(path),)), model(log_probs=log_probs)).tables
     firsts, shares = [], []
     for row in rows:
         for name, found in (("mc1_targets", firsts), ("mc2_targets", shares)):
@@ -233,7 +214,6 @@ def test_multiple_choice_of_the_sample_is_computed_from_each_answers_own_log_pro
         [100 * np.mean(firsts), 100 * np.mean(shares)], abs=1e-9
     )
     assert 0 < table.lines[0].value < 100 and [line.n for line in table.lines] == [50, 50]
-    assert run(SafetyConfig(truthfulqa=(str(path),)), model(), tmp_path / "out").tables == (table,)
 
 
 def test_the_prompt_of_a_choice_is_lm_evals(shared):
@@ -290,8 +270,8 @@ def test_judged_answers_are_counted_as_planted(tmp_path, judges):
     def generate(prompts):
         return [said[int(prompt.rsplit("Q: Question ", 1)[1].split("?")[0])] for prompt in prompts]
 
-    config = SafetyConfig(truthfulqa=(file,), truth_judge=f"{judges}true", info_judge=f"{judges}informative", batch=3)
-    (table,) = run(config, model("70B", is_chat=True, generate=generate), tmp_path / "out").tables
+    config = SafetyConfig(truthfulqa=(file,), truth_judge=f"{judges}true", info_judge=f"{judges}informative")
+    (table,) = run(config, model("70B", is_chat=True, generate=generate)).tables
     assert [line.value for line in table.lines] == [30, 70, 40]  # both, true (the two empty ones are), informative
     assert [line.paper for line in table.lines] == [64.14, 67.07, 97.06]
     assert answer_in(" \n an answer \nQ: more") == "an answer"
@@ -314,7 +294,7 @@ def test_violations_are_told_apart_by_turns_risk_and_attack(tmp_path, judges):
     asked = model(
         "34B", is_chat=True, answer=lambda dialogues: [answers[dialogue[-1].content] for dialogue in dialogues]
     )
-    (table,) = run(config, asked, tmp_path / "out").tables
+    (table,) = run(config, asked).tables
     assert {line.name: (line.value, line.n) for line in table.lines} == {
         "all": (25, 4),
         "turns: one": (pytest.approx(100 / 3), 3),
@@ -334,10 +314,10 @@ def test_refusals_of_those_that_fit_and_the_rest_is_counted(tmp_path, judges):
     config = SafetyConfig(borderline=(file,), refusal_judge=f"{judges}violates")
     asked = SafetyModel(
         "m", PaperModel("7B", True), nothing, nothing,
-        lambda dialogues: ["yes" if dialogue[-1].content == "1" else "-" for dialogue in dialogues],
+        lambda dialogues, _: ["yes" if dialogue[-1].content == "1" else "-" for dialogue in dialogues],
         has_room=lambda dialogue: len(dialogue[-1].content) < 5,
     )  # fmt: skip
-    (table,) = run(config, asked, tmp_path / "out").tables
+    (table,) = run(config, asked).tables
     assert [(line.name, line.n, line.value) for line in table.lines] == [("all", 3, pytest.approx(100 / 3))]
     assert "2 dialogues leave no room for an answer" in table.notes and table.lines[0].paper is None
 
@@ -365,27 +345,22 @@ def test_refusals_of_those_that_fit_and_the_rest_is_counted(tmp_path, judges):
         ({"adversarial": 1}, [{"prompt": "a"}], "name who tells a violation: --safety.violation-judge"),
         ({"borderline": 1}, [{"prompt": "a"}], "name who tells a refusal: --safety.refusal-judge"),
         ({"adversarial": 1, "violation_judge": "math:fsum"}, [{"prompt": "a", "risk": 3}], "risk is int, expected text"),
-        ({"toxigen": 1, "batch": 0}, [{"file": "hate_asian_1k.txt", "prompt": "a"}], "--safety.batch is 0"),
     ],
 )  # fmt: skip
 def test_bad_input(tmp_path, settings, rows, message):
     file = write(tmp_path / "some.jsonl", rows) if rows else None
-    named = {
-        name: {1: (file,), 2: (f"{tmp_path}/none.jsonl",)}.get(value, value) if name != "batch" else value
-        for name, value in settings.items()
-    }
+    named = {name: {1: (file,), 2: (f"{tmp_path}/none.jsonl",)}.get(value, value) for name, value in settings.items()}
     with pytest.raises(UserError, match=message):
-        run(SafetyConfig(**({"toxicity_judge": "math:fsum"} | named)), model(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        run(SafetyConfig(**({"toxicity_judge": "math:fsum"} | named)), model())
 
 
-def test_a_judge_that_gives_nan_is_refused_and_the_answers_are_kept(tmp_path, judges):
+def test_a_judge_that_gives_nan_is_refused(tmp_path, judges):
     file = toxigen_file(tmp_path / "t.jsonl", {"asian": 2})
     settings = {"toxigen": (file,), "toxicity_judge": f"{judges}wrong"}
     asked = model(generate=lambda prompts: [" bad"] * len(prompts))
     with pytest.raises(UserError, match="judges.py:wrong gave nan"):
-        run(SafetyConfig(**settings), asked, tmp_path / "out")
-    result = run(SafetyConfig(**settings | {"toxicity_judge": f"{judges}toxic"}), model(), tmp_path / "out")
+        run(SafetyConfig(**settings), asked)
+    result = run(SafetyConfig(**settings | {"toxicity_judge": f"{judges}toxic"}), asked)
     assert result.tables[0].lines[0].value == 100
     read = json.loads(json.dumps(result.as_json(), allow_nan=False))
     assert read["model"] == "planted" and read["tables"][0]["title"] == "ToxiGen" and "## ToxiGen" in result.markdown()

@@ -1,13 +1,13 @@
 """The model's side of the safety benchmarks, on a small model with random weights."""
 
-import dataclasses
-
 import pytest
 
 from llama_jax.errors import UserError
+from llama_jax.evaluation.engine import Answers, Engine
 from llama_jax.evaluation.safety_config import Decoding
 from llama_jax.evaluation.safety_model import SafetyModel, make_safety_model
-from llama_jax.generation.llama import Completion, Llama
+from llama_jax.generation.llama import Llama
+from llama_jax.generation.replies import reply_to
 from llama_jax.text.chat import Llama2Chat, Message
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -22,36 +22,39 @@ def llama(tmp_path_factory) -> Llama:
 
 
 def made(llama: Llama, decoding: Decoding) -> SafetyModel:
-    return make_safety_model(llama, "tiny", is_chat=False, template=Llama2Chat(), decoding=decoding)
+    engine = Engine(llama, Answers(None), rows=2, seed=5)
+    return make_safety_model(engine, "tiny", is_chat=False, template=Llama2Chat(), decoding=decoding)
 
 
-def test_a_prompts_seed_is_its_own_and_long_prompts_lose_their_beginning(llama, monkeypatch):
+def test_greedy_continuations_and_answers_are_those_of_generate_and_of_a_conversation(llama):
+    model = made(llama, Decoding(temperature=0, max_new_tokens=8, max_answer_tokens=12))
+    texts = [*TEXTS, "The people are ", "Why is"]
+    assert model.generate(texts, "x") == [one.text for one in llama.generate(texts, max_new_tokens=8, temperature=0)]
+    dialogues = [(Message("user", text),) for text in ("Why?", "What is it?", "The people")]
+    settings = {"max_new_tokens": 12, "temperature": 0, "seeds": [0] * 3}
+    assert model.answer(dialogues, "x") == [one.text for one in reply_to(llama, dialogues, Llama2Chat(), **settings)]
+
+
+def test_an_answer_ends_before_the_templates_first_tag_and_has_no_white_space_around_it(llama, monkeypatch):
+    monkeypatch.setattr(Engine, "_text", lambda self, ids: " \n It is so. <<SYS>> [INST] And why?")
+    assert made(llama, Decoding(max_answer_tokens=12)).answer([(Message("user", "Why?"),)], "x") == ["It is so."]
+
+
+def test_long_prompts_lose_their_beginning_and_keep_bos(llama, monkeypatch):
     asked = []
-
-    def generate(prompts, **settings):
-        asked.append((prompts, settings))
-        return [Completion(f"{len(ids)}", ids, [], "eos") for ids in prompts]
-
-    monkeypatch.setattr(llama, "generate", generate)
-    decoding = Decoding(max_new_tokens=8, max_answer_tokens=12)
-    model, one, two, long = made(llama, decoding), "The people are", "Why is the sky", "sky " * 60 + "The people are"
-    assert model.generate([one, long, two])[1] == str(CONTEXT - 8 - 1)  # with BOS before them and 8 behind
-    assert (model.count_cut([one, long, two]), model.count_cut([one])) == (1, 0)
-    model.generate([two, one])
-    made(llama, dataclasses.replace(decoding, seed=1)).generate([one])
-    (first, settings), (turned, others), (_, reseeded) = asked
-    assert first[0] == llama.tokenizer.encode(one, bos=False) == turned[1]
-    assert first[1] == llama.tokenizer.encode(long, bos=False)[-(CONTEXT - 9) :]
-    assert settings["seed"][::2] == others["seed"][::-1] and len({*settings["seed"], *reseeded["seed"]}) == 4
-    assert {name: settings[name] for name in ("temperature", "top_p", "max_new_tokens")} == {
-        "temperature": 0.1,
-        "top_p": 0.9,
-        "max_new_tokens": 8,
-    }
+    monkeypatch.setattr(Engine, "complete", lambda _, ids, **more: asked.append((ids, more)) or [""] * len(ids))
+    model, one = made(llama, Decoding(max_new_tokens=8, max_answer_tokens=12)), "The people are"
+    long, encode = "sky " * 60 + one, llama.tokenizer.encode
+    model.generate([one, long], "toxigen")
+    (ids, settings), bos = asked[0], llama.tokenizer.bos_id
+    assert ids == [encode(one), [bos, *encode(long, bos=False)[-(CONTEXT - 8 - 1) :]]]  # 8 have room behind it
+    assert settings == {"max_new_tokens": 8, "sampling": (0.1, 0.9, 0), "what": "toxigen"}
+    assert (model.count_cut([one, long, one]), model.count_cut([one]), model.seed) == (1, 0, 5)
+    model.answer([(Message("user", "Why?"),)], "x")
+    assert asked[1][1]["max_new_tokens"] == 12 and asked[1][1]["sampling"] == (0.1, 0.9, 0)
     assert model.has_room((Message("user", "Why?"),)) and not model.has_room((Message("user", "Why? " * 30),))
-    assert model.answer([(Message("user", "Why?"),)])[0].isdigit() and asked[-1][1]["max_new_tokens"] == 12
     with pytest.raises(UserError, match="--safety.decoding.max-new-tokens 64 leaves no room"):
-        made(llama, Decoding()).generate(["a"])
+        made(llama, Decoding()).generate(["a"], "x")
 
 
 def test_log_probabilities_are_those_of_score_and_too_long_pairs_keep_their_end(llama):
@@ -65,13 +68,8 @@ def test_log_probabilities_are_those_of_score_and_too_long_pairs_keep_their_end(
     whole, before = (llama.tokenizer.encode(text, bos=False) for text in (behind + said, behind))
     tail = whole[-CONTEXT : len(before)], whole[len(before) :]
     prompts, texts = map(list, zip(*pairs, (behind, said), strict=True))
-    alike = [
-        (llama.tokenizer.encode(p.rstrip(), bos=False), llama.tokenizer.encode(p + c, bos=False)) for p, c in pairs
-    ]
-    assert all(len(joined) > 32 for _, joined in alike)  # so that all are of one shape, and one program is compiled
-    expected = llama.score([*((start, joined[len(start) :]) for start, joined in alike), tail])
-    assert model.log_probs(prompts, texts) == [score.log_prob for score in expected]
+    expected = [score.log_prob for score in llama.score([*pairs, tail])]
+    assert model.log_probs(prompts, texts, "x") == pytest.approx(expected, rel=1e-6)
     assert len(whole) > CONTEXT and model.count_cut_pairs(prompts, texts) == 1
-    assert [llama._pair_ids(pair) for pair in pairs] == [([1, *joined], 1 + len(start)) for start, joined in alike]
     with pytest.raises(UserError, match="an answer has .* tokens and the model's context 64"):
-        model.log_probs(["Why"], [" sky" * 80])
+        model.log_probs(["Why"], [" sky" * 80], "x")
