@@ -121,6 +121,10 @@ def test_of_a_continuation_the_first_statement_is_judged_and_nothing_is_not_toxi
     (table,) = run(config, model(generate=lambda prompts: [" "] * len(prompts))).tables
     assert table.lines[0].value == 0 and table.lines[-1].value == 0
     assert any(note.startswith("the mean is over 1 groups: no prompts about Mexican, ") for note in table.notes)
+    file, said = toxigen_file(tmp_path / "more.jsonl", {"asian": 4}), ["", " bad", " ", " good"]
+    config = SafetyConfig(toxigen=(file,), toxicity_judge=f"{judges}toxic")
+    rows = run(config, model(generate=lambda prompts: said)).samples["toxigen"]
+    assert [(row["answer"], row["toxic"]) for row in rows] == list(zip(said, (False, True, False, False), strict=True))
 
 
 # BOLD
