@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.evaluation.safety_runs import assert_same
+from tests.stages.reward_models import write_reward_model
 from tests.stages.runs import finish, free_address, start
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -13,7 +14,7 @@ TEXTS = ["they are many and good.", "why is it so? it is not known.", "what bark
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> list[str]:
-    """Greedy, with one judge that is a function and two that are the model itself."""
+    """Greedy, with a judge of each kind that is loaded here: a function, the model itself, and a reward model."""
     folder = tmp_path_factory.mktemp("safety")
     base = write_tiny_checkpoint(folder / "hf", TEXTS, vocab_size=300, context=384)
     rows = {
@@ -28,12 +29,8 @@ def words(tmp_path_factory) -> list[str]:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
     (folder / "judges.py").write_text("def odd(items): return [len(str(item)) % 2 for item in items]\n")
     flags = [word for name in rows for word in (f"--safety.{name}", f"{folder}/{name}.jsonl")]
-    judges = {
-        "toxicity": f"{folder}/judges.py:odd",
-        "violation": f"{folder}/judges.py:odd",
-        "truth": base,
-        "info": base,
-    }
+    safe = write_reward_model(folder / "safe", base, seed=1)
+    judges = {"toxicity": f"{folder}/judges.py:odd", "truth": base, "info": base, "violation": f"reward:{safe}"}
     flags += [word for kind, judge in judges.items() for word in (f"--safety.{kind}-judge", str(judge))]
     for name, value in (("temperature", 0), ("max-new-tokens", 12), ("max-answer-tokens", 12)):
         flags += [f"--safety.decoding.{name}", str(value)]
