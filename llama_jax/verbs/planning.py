@@ -52,7 +52,7 @@ A plan that does not fit the chips ends with 2, says by how much, and with --sea
 
 Examples:
   llama-jax plan pretrain_7b --topology v5p:4x4x4 --price-per-chip-hour 4.2
-  llama-jax plan pretrain_7b --topology v5litepod-16 --micro-batches 32
+  llama-jax plan pretrain_7b --topology v5litepod-16 --micro-batches 64
   llama-jax plan pretrain_70b --topology v5p:8x8x8 --compute.remat attention --json > plan.json
   llama-jax plan pretrain_70b --topology v5e:16x16 --slices 2 --search
   llama-jax plan sft_style --topology v5e:2x2 --model-preset llama2-7b
