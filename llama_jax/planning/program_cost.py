@@ -84,9 +84,10 @@ def program_cost(program: Program, n_devices: int) -> ProgramCost:
             if inner.opcode in ("dot", "convolution"):
                 matmul_flops += times * matmul_flops_of(inside, inner)
             elif kind := collective_kind(inside, inner):
-                # A collective that runs beside matmuls is written into each fusion that it runs beside, under one channel.
-                channel = re.search(r"channel_id=(\d+)", inner.attributes)
-                key = (computation.name, kind, channel[1] if channel else inner.name)
+                # A collective that runs beside matmuls is written into each fusion that it runs beside, as links of one chain.
+                # (Not so its channel: what kernels sum over devices all has the same one.)
+                chain = re.search(r'chain_id="(\d+)"', inner.attributes)
+                key = (computation.name, kind, chain[1] if chain else inner.name)
                 if key not in collectives:
                     collectives[key] = _collective(kind, inside, inner, n_devices, times)
         if one.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.attributes:

@@ -214,3 +214,54 @@ def test_an_all_reduce_that_is_kept_whole_is_none_in_disguise():
         "ROOT %mine = bf16[256,1024]{1,0} dynamic-slice", "ROOT %mine = bf16[256,1024]{1,0} slice"
     )
     assert program_cost(parse(whole), 8).collectives[0].kind == "all-reduce"
+
+
+SUMS_AND_A_CHAIN = """\
+HloModule context
+
+%sum_of_keys (input: bf16[8192,1024]) -> bf16[2048,1024] {
+  %input = bf16[8192,1024]{1,0} parameter(0)
+  %keys = bf16[8192,1024]{1,0} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %place = s32[] constant(0)
+  ROOT %mine = bf16[2048,1024]{1,0} dynamic-slice(%keys, %place, %place), dynamic_slice_sizes={2048,1024}
+}
+
+%sum_of_values (input.1: bf16[8192,1024]) -> bf16[2048,1024] {
+  %input.1 = bf16[8192,1024]{1,0} parameter(0)
+  %values = bf16[8192,1024]{1,0} all-reduce(%input.1), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %place.1 = s32[] constant(0)
+  ROOT %mine.1 = bf16[2048,1024]{1,0} dynamic-slice(%values, %place.1, %place.1), dynamic_slice_sizes={2048,1024}
+}
+
+%begun (input.2: bf16[256,1024]) -> bf16[1024,1024] {
+  %input.2 = bf16[256,1024]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[1024,1024]{1,0} all-gather(%input.2), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, \
+frontend_attributes={chain_id="0"}
+}
+
+%ended (input.3: bf16[256,1024]) -> bf16[1024,1024] {
+  %input.3 = bf16[256,1024]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[1024,1024]{1,0} all-gather(%input.3), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, \
+frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main (k: bf16[8192,1024], v: bf16[8192,1024], w: bf16[256,1024]) -> (bf16[2048,1024], bf16[2048,1024], bf16[1024,1024]) {
+  %k = bf16[8192,1024]{1,0} parameter(0)
+  %v = bf16[8192,1024]{1,0} parameter(1)
+  %w = bf16[256,1024]{1,0} parameter(2)
+  %dk = bf16[2048,1024]{1,0} fusion(%k), kind=kCustom, calls=%sum_of_keys
+  %dv = bf16[2048,1024]{1,0} fusion(%v), kind=kCustom, calls=%sum_of_values
+  %there = bf16[1024,1024]{1,0} fusion(%w), kind=kCustom, calls=%begun
+  %back = bf16[1024,1024]{1,0} fusion(%w), kind=kCustom, calls=%ended
+  ROOT %out = (bf16[2048,1024]{1,0}, bf16[2048,1024]{1,0}, bf16[1024,1024]{1,0}) tuple(%dk, %dv, %back)
+}
+"""
+
+
+def test_sums_of_one_channel_are_several_and_the_links_of_a_chain_one():
+    """As libtpu writes a step over `context`: what a kernel sums over devices, keys' gradients and values', has one channel; a gather
+    that runs beside matmuls is written into each of them.
+    """
+    found = [(one.kind, one.bytes) for one in program_cost(parse(SUMS_AND_A_CHAIN), 4).collectives]
+    whole = 2 * 8192 * 1024
+    assert found == [("reduce-scatter", whole), ("reduce-scatter", whole), ("all-gather", 2 * 1024 * 1024)]
