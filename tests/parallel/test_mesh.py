@@ -22,6 +22,7 @@ from llama_jax.parallel.mesh import (
     global_array,
     make_mesh,
     mesh_sizes,
+    mesh_sizes_of,
     parse_mesh,
     per_device,
     platform,
@@ -187,6 +188,26 @@ def test_slices_lie_along_data(text, sizes, monkeypatch):
     assert laid.shape == sizes
     slices = np.vectorize(lambda device: device.slice_index)(laid)
     assert (slices == np.sort(slices, axis=0)).all() and all(len(np.unique(part)) == 1 for part in slices)
+
+
+@pytest.mark.parametrize(
+    ("slices", "text"), [(1, "fsdp=32,context=2"), (1, "fsdp=8,tensor=8"), (2, "data=2,fsdp=32,tensor=2")]
+)
+def test_an_axis_may_end_within_a_dimension_of_a_slice(slices, text, monkeypatch):
+    """Of 4x4x4 chips: pairs of neighbours, and eights of 4x2."""
+    devices = [
+        SimpleNamespace(**vars(device) | {"device_kind": "TPU v5p", "coords": (n % 4, n // 4 % 4, n // 16 % 4)})
+        for n, device in enumerate(devices_of_slices(slices, 64))
+    ]
+    kept = []
+    monkeypatch.setattr(mesh_module, "Mesh", lambda devices, axes, axis_types: kept.append(devices))
+    make_mesh(text, devices)
+    (laid,) = kept
+    assert laid.shape == tuple(mesh_sizes_of(text, 64 * slices, slices).values())
+    assert sorted(device.id for device in laid.flat) == list(range(64 * slices))
+    groups = np.array([device.coords for device in laid.flat]).reshape(-1, max(laid.shape[2:]), 3)
+    extents = np.ptp(groups, axis=1).sum(1)  # in links, from corner to corner
+    assert (extents == {2: 1, 8: 4}[groups.shape[1]]).all()
 
 
 def test_slices_that_data_does_not_span_are_refused():
