@@ -9,6 +9,7 @@ planned is kept, so that an interrupted table goes on. Measured: see docs/tpu.md
 import re
 import sys
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import tyro
@@ -32,7 +33,7 @@ ROWS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     ("pretrain", "13b", "v5p:4x4x4", 1, {}),
     ("pretrain", "13b", "v6e:16x16", 1, {}),
     ("pretrain", "34b", "v4:8x8x8", 1, {}),
-    ("pretrain", "34b", "v5e:16x16", 1, {"micro_batches": 4, "offload": True}),
+    ("pretrain", "34b", "v5e:16x16", 1, {"micro_batches": 4}),
     ("pretrain", "34b", "v5p:4x4x8", 1, {}),
     ("pretrain", "34b", "v6e:16x16", 1, {"micro_batches": 2}),
     ("pretrain", "70b", "v4:8x8x8", 1, {}),
@@ -40,7 +41,7 @@ ROWS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     ("pretrain", "70b", "v5p:8x8x8", 1, {}),
     ("pretrain", "70b", "v5p:4x8x8", 2, {}),
     ("pretrain", "70b", "v6e:16x16", 1, {"micro_batches": 2}),
-    ("pretrain", "70b", "v5e:16x16", 1, {"mesh": "fsdp=128,context=2", "micro_batches": 8, "offload": True}),
+    ("pretrain", "70b", "v5e:16x16", 1, {"mesh": "fsdp=128,context=2", "micro_batches": 8}),
     ("sft", "7b", "v5e:4x4", 1, {"micro_batches": 4}),
     ("sft", "13b", "v5p:2x2x4", 1, {}),
     ("sft", "34b", "v5p:2x4x4", 1, {}),
@@ -78,13 +79,12 @@ def main(only: str = "", cached: bool = False) -> None:
 
 def recipe_of(work: str, size: str, own: dict[str, Any]) -> Any:
     """The recipe of a row."""
-    from experiments.pretrain_7b import config as pretrain
     from llama_jax.planning.generation_programs import GenerateConfig
     from llama_jax.stages.ppo_config import PPOConfig
     from llama_jax.stages.sft import SFTConfig
 
     recipes = {
-        "pretrain": replace(pretrain, model=MODELS[size]),
+        "pretrain": import_module(f"experiments.pretrain_{size}").config,
         "sft": SFTConfig(checkpoint="policy"),
         "ppo": PPOConfig(checkpoint="policy"),
         "generate": GenerateConfig(model=MODELS[size]),
