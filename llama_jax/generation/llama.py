@@ -24,7 +24,7 @@ from llama_jax.generation.cache import Cache, Kept, init_cache, repeat, slots_fo
 from llama_jax.generation.sampler import NO_TOKEN, Sampling, begin, decode, prefill, row_keys
 from llama_jax.generation.scoring import Score, rounded_up, score_tokens
 from llama_jax.generation.session import Chat
-from llama_jax.model.transformer import Transformer, layers_apart
+from llama_jax.model.transformer import Transformer, layers_apart, scan_copies
 from llama_jax.parallel.mesh import make_mesh, ways
 from llama_jax.text.chat import Llama2Chat, Template
 from llama_jax.text.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Llama:
         """Takes a model where it lies: on one device, or sharded over a mesh.
 
         Args:
-          model: its context_length bounds prompt and continuation together.
+          model: its context_length bounds prompt and continuation together; layers stacked or apart.
           tokenizer: the one it was trained with.
           compute_dtype: of weights, cache and matmuls; if none, float32 on a CPU, which has no fast bfloat16, and bfloat16 elsewhere.
 
@@ -72,7 +72,8 @@ class Llama:
         platform = next(iter(layout.device_set)).platform
         self.dtype = jnp.dtype(compute_dtype or _fast_dtype(platform))
         model = model if model.embedding_VD.dtype == self.dtype else jax.jit(lambda m: m.cast(self.dtype))(model)
-        self.model = layers_apart(model) if platform == "cpu" and len(layout.device_set) == 1 else model
+        stacked = not isinstance(model.layers, tuple)
+        self.model = layers_apart(model) if stacked and scan_copies(layout) else model
         self.tokenizer = tokenizer
 
     @classmethod
@@ -103,6 +104,8 @@ class Llama:
         platform = (jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]).platform
         dtype = jnp.dtype(dtype or _fast_dtype(platform))
         model, tokenizer = load_model(path, mesh, dtype, int8=int8, form=form, overrides=overrides)
+        if scan_copies(model.embedding_VD.sharding):
+            model = layers_apart(model, consume=True)
         return cls(model, tokenizer, dtype)
 
     def chat(self, system: str | None = None, *, template: Template | None = None, **settings: Any) -> Chat:

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 from llama_jax.generation.cache import KV_AXES, Cache, init_cache, slots_for
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.sampler import NO_TOKEN, Decoding, Sampling, begin, decode, row_keys
-from llama_jax.model.transformer import Transformer
+from llama_jax.model.transformer import Transformer, layers_apart, scan_copies, split_layers
 from llama_jax.parallel.mesh import constrain, generation_layout, partition_spec, per_device, ways
 
 DECODE_CHUNK = 64  # tokens per dispatch at most
@@ -39,9 +39,10 @@ class Rollout(NamedTuple):
 
 
 def make_gather(model: Transformer, dtype: Any) -> Callable[[Transformer], Transformer]:
-    """Makes the function that casts trained weights and gathers them to generate, compiled once for models that lie as this one.
+    """Makes the function that casts trained weights and lays them to generate, compiled once for models that lie as this one.
 
-    Over a mesh, every device gets whole what training splits over `fsdp` and `context`; the narrow type is what travels.
+    Over a mesh, every device gets whole what training splits over `fsdp` and `context`; the narrow type is what travels. The
+    layers come apart where that decodes faster (`scan_copies`).
     What it gives takes memory beside the trained weights as long as it is held. Where neither dtype nor layout changes it may
     be the very same buffers, which a training step that donates its state then deletes: gather again behind each step.
 
@@ -50,10 +51,38 @@ def make_gather(model: Transformer, dtype: Any) -> Callable[[Transformer], Trans
       dtype: of the computation.
     """
 
-    def layout(weight: jax.Array) -> Any:
+    return jax.jit(partial(_laid, dtype=dtype, apart=_apart(model)), out_shardings=_layouts(model))
+
+
+def laid_to_generate(model: Transformer, dtype: Any) -> Transformer:
+    """What the function of `make_gather` would make of a model that is described by shapes with shardings, so described."""
+    laid = jax.eval_shape(partial(_laid, dtype=dtype, apart=_apart(model)), model)
+    return jax.tree.map(
+        lambda weight, layout: jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=layout), laid, _layouts(model)
+    )
+
+
+def _laid(model: Transformer, dtype: Any, apart: bool) -> Transformer:
+    return layers_apart(model.cast(dtype)) if apart else model.cast(dtype)
+
+
+def _apart(model: Transformer) -> bool:
+    return scan_copies(model.embedding_VD.sharding)
+
+
+def _layouts(model: Transformer) -> Transformer:
+    """Where each weight lies to generate."""
+
+    def whole(weight: jax.Array) -> Sharding:
         return generation_layout(weight.sharding) if isinstance(weight.sharding, NamedSharding) else weight.sharding
 
-    return jax.jit(lambda model: model.cast(dtype), out_shardings=jax.tree.map(layout, model))
+    def of_layers(layout: Sharding) -> list[Sharding]:
+        if isinstance(layout, NamedSharding):
+            layout = NamedSharding(layout.mesh, PartitionSpec(*layout.spec[1:]))
+        return [layout] * model.config.n_layers
+
+    layouts = jax.tree.map(whole, model)
+    return split_layers(layouts, of_layers) if _apart(model) else layouts
 
 
 def sample_rollouts(

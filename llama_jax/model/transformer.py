@@ -8,9 +8,8 @@ instead of flattened.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -226,23 +225,44 @@ class Transformer(nnx.Module):
         return jax.tree.map(leaf, self, is_leaf=lambda w: isinstance(w, Int8 | Nf4))
 
 
-def layers_apart(model: Transformer) -> Transformer:
+def scan_copies(layout: jax.sharding.Sharding) -> bool:
+    """Whether a scan copies each layer's weights, and all of a cache, before it reads them, which takes longer than decoding a
+    token: on GPUs and on a CPU. On TPUs it reads them in place; several devices of a CPU stand for a TPU's.
+    """
+    platform = next(iter(layout.device_set)).platform
+    return platform == "gpu" or (platform == "cpu" and len(layout.device_set) == 1)
+
+
+def layers_apart(model: Transformer, *, consume: bool = False) -> Transformer:
     """The same model with a tuple of blocks, each with arrays of its own, in place of the stacked ones.
 
-    Its forward pass is a loop instead of a scan, so that compile time grows with depth. For CPUs, where a scan copies every
-    layer's weights before it reads them, which takes longer than decoding a token.
+    Its forward pass is a loop instead of a scan, so that compile time grows with depth: to decode where `scan_copies`.
+
+    Args:
+      model: with stacked layers.
+      consume: delete each stacked array once it is apart, so that no more than one lies twice in memory.
     """
 
-    def apart(node: Any) -> Any:
+    def split(stacked: jax.Array) -> list[jax.Array]:
+        layers = [stacked[i] for i in range(model.config.n_layers)]
+        if consume:
+            jax.block_until_ready(layers)
+            stacked.delete()
+        return layers
+
+    return split_layers(model, split)
+
+
+def split_layers(model: Transformer, split: Callable[[Any], Sequence[Any]]) -> Transformer:
+    """A model, or a description of one, with a tuple of blocks in place of the stacked one; `split` gives a leaf's layers."""
+
+    def blocks(node: Any) -> Any:
         if not isinstance(node, Block):
             return node
-        return tuple(jax.tree.map(partial(_layer, i), node) for i in range(model.config.n_layers))
+        stacked, structure = jax.tree.flatten(node)
+        return tuple(structure.unflatten(layer) for layer in zip(*map(split, stacked), strict=True))
 
-    return jax.tree.map(apart, model, is_leaf=lambda node: isinstance(node, Block))
-
-
-def _layer(i: int, stacked: jax.Array) -> jax.Array:
-    return stacked[i]
+    return jax.tree.map(blocks, model, is_leaf=lambda node: isinstance(node, Block))
 
 
 def gather_plain(weight: Any, declared: Param) -> Any:

@@ -18,12 +18,13 @@ from llama_jax.errors import UserError
 from llama_jax.generation.cache import KV_AXES, Cache
 from llama_jax.generation.ppo_models import Actors, abstract_frozen, assemble_policy
 from llama_jax.generation.rewards import RewardInfo
+from llama_jax.generation.rollouts import laid_to_generate
 from llama_jax.generation.sampler import Decoding, Sampling, decode_token
 from llama_jax.model.heads import abstract_reward_model, trunk_config
 from llama_jax.model.lora import describe_adapters
 from llama_jax.model.quantize import quantize_abstract
 from llama_jax.model.transformer import Transformer, abstract
-from llama_jax.parallel.mesh import RULES, check_divides, generation_layout, sharding
+from llama_jax.parallel.mesh import RULES, check_divides, sharding
 from llama_jax.planning.programs import Job
 from llama_jax.stages import ppo, ppo_config, ppo_state
 from llama_jax.stages.ppo_config import PPOConfig
@@ -216,24 +217,15 @@ def drawing(
     def step(model: Transformer, state: Decoding) -> tuple:
         return decode_token(model, state, Sampling(1.0, 1.0, 0), _EOS)
 
-    kv = jax.ShapeDtypeStruct(
-        (model.n_layers, rows, model.n_kv_heads, slots, model.head_dim), dtype, sharding=sharding(mesh, *KV_AXES)
-    )
+    apart = isinstance(weights.layers, tuple)
+    shape = (1 if apart else model.n_layers, rows, model.n_kv_heads, slots, model.head_dim)
+    kv = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, *KV_AXES))
+    kv = (kv,) * model.n_layers if apart else kv
     row = sharding(mesh, "batch")
     count_B = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=row)
     key_B = jax.ShapeDtypeStruct((rows,), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=row)
     state = Decoding(Cache(kv, kv, count_B), count_B, count_B, key_B)
     return jax.jit(step, donate_argnums=1), (weights, state)
-
-
-def laid_to_generate(weights: Transformer, dtype: Any) -> Transformer:
-    """Weights as they lie to generate: cast, and whole where training splits them."""
-    narrow = jax.eval_shape(lambda weights: weights.cast(dtype), weights)
-    return jax.tree.map(
-        lambda new, old: jax.ShapeDtypeStruct(new.shape, new.dtype, sharding=generation_layout(old.sharding)),
-        narrow,
-        weights,
-    )
 
 
 def _actors(config: PPOConfig, model: LlamaConfig) -> Actors:

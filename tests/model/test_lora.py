@@ -275,6 +275,15 @@ def test_layers_apart_are_the_same_model():
     assert difference(plain_logits(layers_apart(adapted)), plain_logits(adapted)) < TOLERANCE
 
 
+def test_layers_that_are_taken_apart_leave_nothing_of_the_stacked_ones():
+    """Or a model would be twice in memory while it loads."""
+    model = jax.tree.map(jnp.copy, narrow())
+    wanted, stacked = layers_apart(model), jax.tree.leaves(model.layers)
+    apart = layers_apart(model, consume=True)
+    assert all(leaf.is_deleted() for leaf in stacked) and not model.embedding_VD.is_deleted()
+    assert all(map(jnp.array_equal, jax.tree.leaves(apart), jax.tree.leaves(wanted)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import Compute, LlamaConfig
+from llama_jax.generation import rollouts
 from llama_jax.generation.cache import init_cache
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.rollouts import make_gather, sample_rollouts
@@ -57,9 +58,10 @@ def alone(model):
     return draw(model)
 
 
-@pytest.mark.parametrize("text", MESHES)
-def test_a_mesh_draws_what_one_device_draws(model, alone, text: str):
-    """Seven prompts through four rows, or through eight where a mesh has as many parts."""
+@pytest.mark.parametrize(("text", "copies"), [(MESHES[0], False), (MESHES[1], False), (MESHES[1], True)])
+def test_a_mesh_draws_what_one_device_draws(model, alone, text: str, copies: bool, monkeypatch):
+    """Seven prompts through four rows, or through eight where a mesh has as many parts; with layers apart too, as on GPUs."""
+    monkeypatch.setattr(rollouts, "scan_copies", lambda layout: copies)
     sharded = jax.device_put(model, shardings(CONFIG, make_mesh(text)))
     meshed = draw(make_gather(sharded, "float32")(sharded))
     assert len({len(one.ids) for one in alone}) > 3 and {one.ended for one in alone} == {True, False}
@@ -99,6 +101,18 @@ def test_decoding_gathers_no_weight(model, text: str):
     left = gathered_sizes(decoding_program(make_gather(trained, "float32")(trained), rows))
     logits = rows * CONFIG.vocab_size if "tensor" in text else 0
     assert max(left, default=0) <= logits
+
+
+def test_layers_that_are_gathered_apart_lie_as_they_did_together(model, monkeypatch):
+    sharded = jax.device_put(model, shardings(CONFIG, make_mesh("fsdp=2,tensor=4")))
+    together = make_gather(sharded, "float32")(sharded)
+    monkeypatch.setattr(rollouts, "scan_copies", lambda layout: True)
+    (layer,) = make_gather(sharded, "float32")(sharded).layers
+    for name, weight in vars(together.layers).items():
+        if isinstance(weight, jax.Array):
+            apart = getattr(layer, name)
+            assert np.array_equal(apart, weight[0]), name
+            assert apart.sharding.shard_shape(apart.shape) == weight.sharding.shard_shape(weight.shape)[1:], name
 
 
 def test_what_is_gathered_is_what_was_just_trained(model):
