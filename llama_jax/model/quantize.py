@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llama_jax.parallel.mesh import compute_capability, platform
+
 Model = TypeVar("Model")
 
 # Every matrix that is quantised, and how many of its first axes a matmul sums over.
@@ -77,7 +79,14 @@ def quantization_error(w: jax.Array, q: Int8) -> jax.Array:
 
 
 def int8_einsum(spec: str, x: jax.Array, q: Int8) -> jax.Array:
-    """`jnp.einsum(spec, x, weight)` in float32 for a weight whose output axes are the last of the result; multiplied in x's dtype."""
+    """`jnp.einsum(spec, x, weight)` in float32 for a weight whose first axis alone is summed and whose others are the last of the
+    result; multiplied in x's dtype.
+    """
+    if x.size == x.shape[-1] and platform() == "gpu" and 0 < compute_capability() < 8:
+        # A single token on a GPU without units for bfloat16: a matmul there is of float32, and the whole weight would be written
+        # out as such and read again, eight times its bytes. A sum of products reads it as it is.
+        products = x.reshape(-1, 1).astype(jnp.float32) * q.values.reshape(x.size, -1)
+        return products.sum(0).reshape(*x.shape[:-1], *q.values.shape[1:]) * q.scale
     return jnp.einsum(spec, x, q.values.astype(x.dtype), preferred_element_type=jnp.float32) * q.scale
 
 

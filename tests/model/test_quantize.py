@@ -12,6 +12,7 @@ from llama_jax.config import LLAMA2_7B, LLAMA2_70B, Compute, LlamaConfig
 from llama_jax.generation.cache import init_cache
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.sampler import Decoding, Sampling, decode
+from llama_jax.model import quantize as quantize_module
 from llama_jax.model import transformer
 from llama_jax.model.quantize import (
     Int8,
@@ -148,6 +149,30 @@ def test_a_scale_on_the_input_axis_is_caught(monkeypatch):
 
     monkeypatch.setattr(transformer, "int8_einsum", wrong)
     assert error_of(quantize_model(model()), jax.jit(lambda model: forward(model))) > 100 * TOLERANCE
+
+
+def test_a_single_token_on_a_gpu_without_bfloat16_is_the_same_without_a_matmul(monkeypatch):
+    """There a matmul would write all weights out in float32 first."""
+    rng = np.random.default_rng(0)
+    q = quantize(jnp.asarray(rng.normal(size=(24, 6, 4)), jnp.float32), 1)
+    x = jnp.asarray(rng.normal(size=(1, 1, 24)), jnp.bfloat16)
+    many = jnp.concatenate([x, x], axis=1)
+
+    def multiply(x):
+        return int8_einsum("BTD,DNH->BTNH", x, q)
+
+    def has_matmul(x):
+        return "dot_general" in str(
+            jax.make_jaxpr(lambda x: multiply(x))(x)
+        )  # a new function: jax keeps what it traced
+
+    wanted = multiply(x)
+    monkeypatch.setattr(quantize_module, "platform", lambda: "gpu")
+    monkeypatch.setattr(quantize_module, "compute_capability", lambda: 7.5)
+    np.testing.assert_allclose(multiply(x), wanted, rtol=1e-5, atol=1e-5)
+    assert not has_matmul(x) and has_matmul(many)
+    monkeypatch.setattr(quantize_module, "compute_capability", lambda: 8.0)
+    assert has_matmul(x)
 
 
 def test_bfloat16_products_are_summed_and_scaled_in_float32():
