@@ -5,7 +5,6 @@ split over the context axis, and the causal mask knows where each device's queri
 holds the last span does most of the work.
 """
 
-import re
 from functools import partial
 
 import jax
@@ -14,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.errors import UserError
 from llama_jax.model.splash import splash_attention
-from llama_jax.parallel.mesh import partition_spec, per_device, platform
+from llama_jax.parallel.mesh import compute_capability, partition_spec, per_device, platform
 
 MASKED = -1e30  # finite: a difference of two infinities would be NaN
 
@@ -71,10 +70,9 @@ def best_implementation(dtype: jnp.dtype, length: int, head_dim: int) -> str:
         case "tpu":
             return "splash"
         case "gpu":
-            # cuDNN's own limits: 16 bits, Ampere or later (a ROCm device names no such number), and with a mask an even length.
-            capability = re.match(r"(\d+)\.", getattr(jax.devices()[0], "compute_capability", ""))
+            # cuDNN's own limits: 16 bits, Ampere or later, and with a mask an even length.
             fits = not lacks_cudnn(dtype) and head_dim % 8 == 0 and head_dim <= 128 and length % 2 == 0
-            return "cudnn" if fits and capability and int(capability[1]) >= 8 else "xla"
+            return "cudnn" if fits and compute_capability() >= 8 else "xla"
         case _:
             return "xla"
 

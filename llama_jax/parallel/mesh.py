@@ -6,6 +6,7 @@ sharded), `tensor` (heads, feed-forward and vocabulary sharded). No other module
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
+from llama_jax.planning.hardware import chip_of_kind
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
@@ -91,6 +93,32 @@ def platform() -> str:
     """The platform ("cpu", "gpu", "tpu") of the ambient mesh's devices; without a mesh, of the default ones."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def compute_capability() -> float:
+    """NVIDIA's number for the generation of the GPUs in use; 0 where there are none. Of GPUs that a program is compiled for and
+    that are not there, what is known of their kind.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device.platform != jax.default_backend():
+        chip = chip_of_kind(mesh.abstract_device.device_kind)
+        return chip.compute_capability if chip else 0.0
+    number = re.fullmatch(r"\d+\.\d+", getattr(jax.devices()[0], "compute_capability", ""))  # a ROCm device says gfx90a
+    return float(number[0]) if number else 0.0
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """What the compiler is told of a training step beyond its defaults; what stands in XLA_FLAGS is left to the user.
+
+    Our choice, over several hosts of GPUs: a layer's weights are gathered, and its gradients summed, while another layer is
+    computed, in a loop that is unrolled by two, which spares copies. What that hides, counted in compiled programs and not measured
+    on GPUs, stands in docs/gpu.md; within a host it is little, and would cost memory.
+    """
+    if mesh.devices.flat[0].platform != "gpu" or len({device.process_index for device in mesh.devices.flat}) == 1:
+        return {}
+    pipelined = (f"xla_gpu_enable_pipelined_{exchange}" for exchange in ("all_gather", "reduce_scatter", "all_reduce"))
+    options = (*pipelined, "xla_gpu_enable_while_loop_double_buffering")
+    return {option: True for option in options if option not in os.environ.get("XLA_FLAGS", "")}
 
 
 def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:

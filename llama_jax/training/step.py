@@ -16,7 +16,7 @@ from llama_jax.model import transformer
 from llama_jax.model.lora import Adapters, LoraConfig, abstract_adapters, describe_adapters, init_adapters
 from llama_jax.model.quantize import Int8, dequantize
 from llama_jax.model.transformer import Transformer
-from llama_jax.parallel.mesh import sharding
+from llama_jax.parallel.mesh import compiler_options, sharding
 from llama_jax.training.loss import LossSums, token_loss
 
 Assemble = Callable[[Any, Any, jax.Array], Any]
@@ -254,4 +254,7 @@ def make_train_step(
         counters = state.skipped, state.skipped_in_row
         return state, StepMetrics(sums.nats, sums.correct, grad_norm, targets, *counters, sums.extras)
 
-    return jax.jit(step, donate_argnums=0, out_shardings=None if layout is None else (layout, None))
+    if layout is None:
+        return jax.jit(step, donate_argnums=0)
+    options = compiler_options(jax.tree.leaves(layout)[0].mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None), compiler_options=options)

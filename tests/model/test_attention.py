@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from llama_jax.errors import UserError
 from llama_jax.model.attention import attend_to_cache, attend_with_cache, best_implementation, causal_attention
@@ -163,6 +164,17 @@ def test_the_backward_pass_keeps_no_scores():
 
 def test_on_a_cpu_auto_means_xla():
     assert best_implementation(jnp.dtype(jnp.bfloat16), T, H) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("NVIDIA H200", "cudnn"), ("NVIDIA L4", "cudnn"), ("Tesla T4", "xla"), ("NVIDIA of another year", "xla")],
+)
+def test_gpus_that_are_compiled_for_and_not_there_have_what_their_generation_has(kind, expected):
+    mesh = AbstractMesh((1,), ("fsdp",), abstract_device=AbstractDevice(kind, None, "gpu"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert best_implementation(jnp.dtype(jnp.bfloat16), T, H) == expected
+        assert best_implementation(jnp.dtype(jnp.float32), T, H) == "xla"
 
 
 def test_cudnn_in_float32_is_refused_with_the_remedy():

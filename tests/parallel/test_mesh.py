@@ -17,6 +17,7 @@ from llama_jax.parallel.mesh import (
     RULES,
     batch_rows_of_process,
     check_divides,
+    compiler_options,
     format_mesh,
     gathered,
     global_array,
@@ -225,3 +226,17 @@ def test_a_weight_is_whole_where_it_is_multiplied_and_its_gradient_is_not():
         text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 8))))
     forward, backward = re.findall(r"sharding_constraint\[.*?spec=P\((.*?)\)\)\n", text, re.S)
     assert (forward, backward) == ("None, 'tensor'", "('fsdp', 'context'), 'tensor'")
+
+
+def test_what_the_compiler_is_told_on_hosts_of_gpus_and_what_is_left_to_the_user(monkeypatch):
+    def options(platform, hosts):
+        devices = [SimpleNamespace(platform=platform, process_index=host) for host in range(hosts) for _ in range(8)]
+        return compiler_options(SimpleNamespace(devices=np.array(devices)))
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_pipelined_all_reduce=false")
+    assert options("gpu", 2) == {
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_enable_pipelined_reduce_scatter": True,
+        "xla_gpu_enable_while_loop_double_buffering": True,
+    }
+    assert options("gpu", 1) == options("tpu", 2) == options("cpu", 2) == {}
