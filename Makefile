@@ -66,7 +66,10 @@ $(RUNTIME): $(PINS) | $(CREATED)
 	@$(PIP) install -q -c requirements.lock -e .
 	@touch $@
 
+# The compiler for GPUs has a folder of its own: beside jax it would tell every process that there is no driver.
 $(DEV): $(PINS) $(RUNTIME) | $(CREATED)
 	@echo "installing the development tools into $(VENV)" >&2
 	@$(PIP) install -q -c requirements.lock -e '.[dev]'
+	@jaxlib=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)'); \
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/cuda jax-cuda12-plugin==$$jaxlib jax-cuda12-pjrt==$$jaxlib
 	@touch $@

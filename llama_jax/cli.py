@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from llama_jax import __version__
 from llama_jax.errors import PREEMPTED, Diverged, Preempted, UserError
+from llama_jax.planning.hardware import GPU_MEMORY_SHARE
 
 OK, BUG, BAD_INPUT, DIVERGED, INTERRUPTED, READER_GONE = 0, 1, 2, 3, 130, 141
 
@@ -20,7 +21,7 @@ OK, BUG, BAD_INPUT, DIVERGED, INTERRUPTED, READER_GONE = 0, 1, 2, 3, 130, 141
 # words behind the verb; and what it does, in a line.
 VERBS = {
     "doctor": ("first_steps", "what this machine has, what is missing, and the command that installs it"),
-    "plan": ("planning", "what a recipe takes of a TPU slice, and how fast it can be, without a TPU"),
+    "plan": ("planning", "what a recipe takes of TPUs or GPUs, and how fast it can be, without any"),
     "tokenizer": ("text", "train a SentencePiece tokenizer, look into one, encode, decode"),
     "tokenize": ("text", "turn text into token shards once, for corpora that are read often"),
     "pretrain": ("training", "train a model from a recipe; any field can be overridden"),
@@ -69,6 +70,7 @@ _SYSTEM_REMEDIES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; `argv` is `sys.argv[1:]` unless given."""
     argv, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))  # before jax finds a GPU
     return end_of(lambda: _dispatch(argv), debug)
 
 

@@ -1,6 +1,7 @@
 """The command line: what each ending prints and returns, recipes and their overrides, and that help is quick."""
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +31,14 @@ def fail_with(monkeypatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr(first_steps, "doctor", verb)
+
+
+def test_a_gpus_memory_is_ours_but_for_a_twelfth_unless_the_user_says_otherwise(monkeypatch):
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.setenv(name, "0.5")
+    assert cli.main(["--version"]) == 0 and os.environ[name] == "0.5"
+    monkeypatch.delenv(name)
+    assert cli.main(["--version"]) == 0 and os.environ[name] == "0.92"
 
 
 def test_help_is_quick_and_loads_nothing_heavy():

@@ -18,8 +18,8 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 README, FINETUNING, RLHF, TPU = "README.md", "docs/finetuning.md", "docs/rlhf.md", "docs/tpu.md"
-EVALUATION = "docs/evaluation.md"
-DOCUMENTS = (README, FINETUNING, RLHF, TPU, EVALUATION)
+EVALUATION, GPU = "docs/evaluation.md", "docs/gpu.md"
+DOCUMENTS = (README, FINETUNING, RLHF, TPU, EVALUATION, GPU)
 RECIPES = ("domain_qa", "style", "classification", "summarisation", "code")
 
 

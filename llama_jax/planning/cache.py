@@ -43,7 +43,7 @@ def key_of(job: Job, topology: Topology) -> str:
         "recipe": recipe,
         "model": dataclasses.asdict(job.model),
         "topology": str(topology),
-        "versions": versions(),
+        "versions": versions(topology),
         "environment": {name: os.environ.get(name, "") for name in _ENVIRONMENT},
         "source": _source(),
     }

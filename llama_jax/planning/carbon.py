@@ -53,7 +53,8 @@ def footprint(chip: Chip, chip_hours: float, price: float | None = None, watts: 
     if watts is not None:
         return Footprint(chip_hours, watts, "as given", price)
     if chip.watts:
-        return Footprint(chip_hours, chip.watts, "published, the most that was measured", price)
+        source = "the most its data sheet allows" if chip.is_gpu else "published, the most that was measured"
+        return Footprint(chip_hours, chip.watts, source, price)
     return Footprint(
         chip_hours, PAPER_WATTS, f"assumed: none is published for {chip.name}; an A100's, as the paper", price
     )

@@ -1,4 +1,4 @@
-"""A step compiled for TPUs that are not there: libtpu is the whole compiler, and needs only their names.
+"""A step compiled for TPUs or GPUs that are not there: libtpu and XLA's CUDA plugin are whole compilers, and need only names.
 
 Nothing is ever allocated: states and batches are shapes, and a 70B compiles in the memory of a laptop.
 """
@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import UserError
-from llama_jax.planning.topology import Topology
+from llama_jax.planning.gpu import target_config
+from llama_jax.planning.hardware import Chip
+from llama_jax.planning.topology import GPUS_OF_HOST, Topology
 
 if TYPE_CHECKING:  # jax reads the environment as it is imported, and `prepare_environment` changes it before
     import jax
 
-# libtpu would otherwise look for TPUs, for Google's metadata server, and for a lock that one process holds at a time.
+# libtpu would otherwise look for TPUs, for Google's metadata server, and for a lock that one process holds at a time; and XLA would
+# warn, in its own words, of memory that the plan tells about.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -29,7 +32,11 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of this host; what is compiled for says the topology
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
 }
+# Of the CUDA plugin: what it has at hand on a machine without a GPU. Versions are those of CUDA 12's last release, and cuDNN's
+# with which every attention that jax asks for is there.
+_CUDA, _CUDNN = (12, 9, 0), (9, 10, 0)
 
 
 @dataclass(frozen=True)
@@ -45,20 +52,52 @@ class Refused:
     """Bytes of these that other programs of the same run keep."""
 
 
-def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets what libtpu needs on a machine without TPUs, before jax is imported.
+def compiler_package(chip: Chip) -> str:
+    """The package that compiles for a chip, as pip names it.
 
     Raises:
-      UserError: libtpu is not installed; says the command.
+      UserError: it is not installed; says the command.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"libtpu, the compiler for TPUs, is not installed; it runs on any CPU: {sys.executable} -m pip install 'jax[tpu]'"
-        )
+    if not chip.is_gpu:
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError(
+                f"libtpu, the compiler for TPUs, is not installed; it runs on any CPU: {sys.executable} -m pip install 'jax[tpu]'"
+            )
+        return "libtpu"
+    for cuda in ("12", "13"):
+        if importlib.util.find_spec(f"jax_cuda{cuda}_plugin") is not None:
+            return f"jax-cuda{cuda}-plugin"
+    raise UserError(
+        "XLA's CUDA plugin, the compiler for GPUs, is not installed; it runs on any CPU: "
+        f"{sys.executable} -m pip install 'jax[cuda12]'"
+    )
+
+
+def prepare_environment(chip: Chip, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets what the compiler for a chip needs on a machine without one, before jax is imported.
+
+    Raises:
+      UserError: it is not installed; says the command.
+    """
+    compiler_package(chip)
     for name, value in ENVIRONMENT.items():
         # What the user says of logging stands; what would make it look for a TPU does not.
         if name not in environment or not name.endswith("LOG_LEVEL"):
             environment[name] = value
+
+
+def load_quietly() -> None:
+    """Loads jax and its plugins, and keeps from stderr what the CUDA plugin says four times over: that there is no driver."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        import jax
+
+        jax.devices()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def devices_of(topology: Topology) -> list["jax.Device"]:
@@ -69,6 +108,11 @@ def devices_of(topology: Topology) -> list["jax.Device"]:
     """
     from jax.experimental import topologies
 
+    if topology.chip.is_gpu:
+        hosts, each = (topology.hosts, GPUS_OF_HOST) if topology.hosts > 1 else (1, topology.chips)
+        described = target_config(topology.chip, _CUDA, _CUDNN)
+        found = topologies.get_topology_desc(platform="cuda", target_config=described, topology=f"1x{hosts}x{each}")
+        return list(found.devices)
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # a v4 chip's two cores as one device, as jax shows them on one
@@ -91,6 +135,13 @@ def compile_for(step: Any, mesh: Any, arguments: tuple) -> "jax.stages.Compiled 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return parse_refusal(str(error))
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise UserError(
+            f"cuDNN, whose attention the recipe has on these GPUs, is not installed: {sys.executable} -m pip install 'jax[cuda12]'; "
+            "or --compute.attention xla"
+        ) from error
 
 
 def parse_refusal(message: str) -> Refused:

@@ -1,7 +1,7 @@
 """Chips as data: the peaks that MFU, rooflines and memory plans are measured against.
 
 TPU figures are Google's published specifications, GPU figures NVIDIA's data sheets: dense bf16 (no sparsity), memory in
-units of 1e9 bytes. What plans need beside the peaks is known for TPUs alone: links, the network between slices and clock.
+units of 1e9 bytes.
 """
 
 from dataclasses import dataclass
@@ -22,15 +22,24 @@ class Chip:
     devices: int = 1
     """How many jax devices share the chip."""
     link_bytes_per_s: float = 0.0
-    """Bandwidth of one link to a neighbouring chip, in one direction, in bytes/s; 0: not known."""
+    """Bandwidth in one direction, in bytes/s, of one link to a neighbouring TPU chip, or of a GPU to the others of its host;
+    0: not known.
+    """
     network_bytes_per_s: float = 0.0
-    """The chip's share of its host's network to other slices, in one direction, in bytes/s; 0: not known."""
+    """The chip's share of its host's network to other slices or hosts, in one direction, in bytes/s; 0: not known."""
     clock_hz: float = 0.0
-    """What the compiler's cycle estimates are counted in, in 1/s; 0: not known."""
+    """What the compiler's cycle estimates are counted in, in 1/s; 0: it makes none, or not known."""
     usable_bytes: float = 0.0
-    """Of the memory, what the compiler lets a program have, in bytes; 0: not known."""
+    """Of the memory, what a program can have, in bytes; 0: not known."""
     watts: float = 0.0
     """Published power of the chip under load, in watts; 0: none is published."""
+    compute_capability: float = 0.0
+    """NVIDIA's number of a GPU's generation; 0: no GPU of NVIDIA."""
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is a GPU, whose hosts are linked by a network alone."""
+        return self.compute_capability > 0
 
     @property
     def device_peak_bf16_flops(self) -> float:
@@ -73,15 +82,67 @@ V6E = Chip(
     usable_bytes=31.25 * 2**30,
 )
 V7X = Chip("v7x", 2307e12, 192e9, 7.4e12, devices=2)
+
+GPU_MEMORY_SHARE = 0.92
+"""Of a GPU's memory, what the command line lets XLA have; the rest is for CUDA, cuBLAS and NCCL. Our choice: XLA's own is 0.75,
+with which a 7B does not train on an H200.
+"""
 # GPUs' power is the most that their data sheets let them draw; 80 GB A100s and H200s as SXM modules, cards draw less.
-# The T4 has no bf16 units: the figure is its fp16 peak, which bf16 work there does not reach.
-T4 = Chip("T4", 65e12, 16e9, 0.32e12, watts=70.0)
-L4 = Chip("L4", 121e12, 24e9, 0.3e12, watts=72.0)
-A100_40GB = Chip("A100 40GB", 312e12, 40e9, 1.555e12)
-A100_80GB = Chip("A100 80GB", 312e12, 80e9, 2.039e12, watts=400.0)
-H100 = Chip("H100", 989e12, 80e9, 3.35e12, watts=700.0)
-H100_PCIE = Chip("H100 PCIe", 756e12, 80e9, 2.0e12, watts=350.0)
-H200 = Chip("H200", 989e12, 141e9, 4.8e12, watts=700.0)
+# Links are NVLink's (600 and 900 GB/s in both directions), or PCIe's 16 lanes of their generation where there is none. The
+# network is that of NVIDIA's own hosts of eight: a port of 200 or 400 Gbit/s for each GPU. Usable: our share of what CUDA counts.
+# The T4 has no bf16 units, and XLA computes such matmuls there in float32: the figure is that peak (fp16: 65 TFLOP/s).
+T4 = Chip(
+    *("T4", 8.1e12, 16e9, 0.32e12),
+    link_bytes_per_s=16e9,
+    usable_bytes=GPU_MEMORY_SHARE * 14.56 * 2**30,
+    watts=70.0,
+    compute_capability=7.5,
+)
+L4 = Chip(
+    *("L4", 121e12, 24e9, 0.3e12),
+    link_bytes_per_s=32e9,
+    usable_bytes=GPU_MEMORY_SHARE * 22.0 * 2**30,
+    watts=72.0,
+    compute_capability=8.9,
+)
+A100_40GB = Chip(
+    *("A100 40GB", 312e12, 40e9, 1.555e12),
+    link_bytes_per_s=300e9,
+    network_bytes_per_s=25e9,
+    usable_bytes=GPU_MEMORY_SHARE * 39.4 * 2**30,
+    compute_capability=8.0,
+)
+A100_80GB = Chip(
+    *("A100 80GB", 312e12, 80e9, 2.039e12),
+    link_bytes_per_s=300e9,
+    network_bytes_per_s=25e9,
+    usable_bytes=GPU_MEMORY_SHARE * 79.1 * 2**30,
+    watts=400.0,
+    compute_capability=8.0,
+)
+H100 = Chip(
+    *("H100", 989e12, 80e9, 3.35e12),
+    link_bytes_per_s=450e9,
+    network_bytes_per_s=50e9,
+    usable_bytes=GPU_MEMORY_SHARE * 79.1 * 2**30,
+    watts=700.0,
+    compute_capability=9.0,
+)
+H100_PCIE = Chip(
+    *("H100 PCIe", 756e12, 80e9, 2.0e12),
+    link_bytes_per_s=64e9,
+    usable_bytes=GPU_MEMORY_SHARE * 79.1 * 2**30,
+    watts=350.0,
+    compute_capability=9.0,
+)
+H200 = Chip(
+    *("H200", 989e12, 141e9, 4.8e12),
+    link_bytes_per_s=450e9,
+    network_bytes_per_s=50e9,
+    usable_bytes=GPU_MEMORY_SHARE * 139.8 * 2**30,
+    watts=700.0,
+    compute_capability=9.0,
+)
 
 CHIPS = (V4, V5E, V5P, V6E, V7X, T4, L4, A100_40GB, A100_80GB, H100, H100_PCIE, H200)
 

@@ -16,11 +16,11 @@ import jax
 from llama_jax.generation.sampler import Decoding
 from llama_jax.parallel.mesh import format_mesh, make_mesh, mesh_sizes_of
 from llama_jax.planning import hlo
-from llama_jax.planning.compiling import Refused, compile_for, devices_of
+from llama_jax.planning.compiling import Refused, compile_for, compiler_package, devices_of
 from llama_jax.planning.program_cost import ProgramCost, program_cost
 from llama_jax.planning.programs import Job
 from llama_jax.planning.roofline import Placement, Roofline, collective_seconds, cycles_seconds, place, roofline
-from llama_jax.planning.topology import Topology
+from llama_jax.planning.topology import GPUS, Topology
 from llama_jax.training.metrics import format_count, say
 from llama_jax.training.step import TrainState
 
@@ -94,7 +94,7 @@ class Plan:
     offloaded: float = 0.0
     """Bytes that the host keeps for a chip: the optimizer's moments, where they are offloaded."""
     refused: Refused | None = None
-    """Set where the compiler finds that it does not fit; then nothing below is known."""
+    """Set where it does not fit; then nothing below is known."""
     memory: Memory | None = None
     matmul_flops: float = 0.0
     kernel_flops: float = 0.0
@@ -110,8 +110,13 @@ class Plan:
     """Of a chip."""
 
     @property
+    def on_gpus(self) -> bool:
+        """Whether its chips are GPUs."""
+        return self.topology.partition(":")[0] in GPUS
+
+    @property
     def fits(self) -> bool:
-        """Whether the compiler found a place for everything."""
+        """Whether there is a place for everything."""
         return self.refused is None
 
     @property
@@ -176,7 +181,7 @@ def make_plan(job: Job, topology: Topology) -> Plan:
         "parameters": job.model.n_params,
         "total_tokens": job.total_tokens,
         "assumptions": job.assumptions,
-        "versions": versions(),
+        "versions": versions(topology),
         "usable_bytes": topology.chip.usable_bytes,
         "compile_seconds": round(time.monotonic() - began, 1),
         "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
@@ -187,7 +192,8 @@ def make_plan(job: Job, topology: Topology) -> Plan:
         return Plan(**known, refused=replace(compiled, asked=compiled.asked and compiled.asked + beside, beside=beside))
     memory = memory_of(compiled.memory_analysis(), arguments, beside)
     if memory.total > topology.chip.usable_bytes:
-        too_much = Refused(memory.total, topology.chip.usable_bytes, "the run's programs do not fit together", beside)
+        # The compiler for GPUs refuses nothing, and no compiler knows of what lies beside.
+        too_much = Refused(memory.total, topology.chip.usable_bytes, "", beside)
         return Plan(**known, refused=too_much)
     program = replace(hlo.parse(compiled.as_text()), data_loops=job.data_loops)
     cost = program_cost(program, mesh.size)
@@ -256,11 +262,11 @@ def exchanges_of(cost: ProgramCost, sizes: dict[str, int], placement: Placement)
     return tuple(sorted(exchanges, key=lambda one: -one.seconds_ici - one.seconds_dcn))
 
 
-def versions() -> dict[str, str]:
+def versions(topology: Topology) -> dict[str, str]:
     """What a plan depends on beside the recipe."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
+    return {name: version(name) for name in ("jax", "jaxlib", compiler_package(topology.chip))}
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

@@ -21,6 +21,9 @@ _FREE = {
     *("partition-id", "replica-id", "iota", "domain", "opt-barrier", "add-dependency", "async-start", "async-update"),
     *("send", "recv"),
 }
+_CUBLAS = 'custom_call_target="__cublas$'
+# Custom calls whose FLOPs a formula has to give.
+_KERNELS = r'custom_call_target="(tpu_custom_call|__cudnn\$\w+)"'
 # Custom calls that compute nothing: allocations, hints to the compiler, and the two ends of a collective.
 _MARKERS = ("AllocateBuffer", "ConcatBitcast", "Assume", "AsyncCollective", "Sharding", "SPMD", "annotate")
 
@@ -60,7 +63,7 @@ class ProgramCost:
     matmul_flops: float
     """Of matmuls in the program's text."""
     kernel_flops: float
-    """Of attention kernels, by the formula of `splash_flops`."""
+    """Of attention kernels, by the formulas of `splash_flops` and `cudnn_flops`."""
     hbm_bytes: float
     collectives: tuple[Collective, ...]
     estimated_cycles: float
@@ -81,7 +84,7 @@ def program_cost(program: Program, n_devices: int) -> ProgramCost:
     unknown: set[str] = set()
     for computation, one, times in program.running():
         for inside, inner in _with_fused(program, computation, one):
-            if inner.opcode in ("dot", "convolution"):
+            if inner.opcode in ("dot", "convolution") or _CUBLAS in inner.attributes:
                 matmul_flops += times * matmul_flops_of(inside, inner)
             elif kind := collective_kind(inside, inner):
                 # A collective that runs beside matmuls is written into each fusion that it runs beside, as links of one chain.
@@ -90,8 +93,8 @@ def program_cost(program: Program, n_devices: int) -> ProgramCost:
                 key = (computation.name, kind, chain[1] if chain else inner.name)
                 if key not in collectives:
                     collectives[key] = _collective(kind, inside, inner, n_devices, times)
-        if one.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.attributes:
-            flops = splash_flops(computation, one)
+        if one.opcode == "custom-call" and (kernel := re.search(_KERNELS, one.attributes)):
+            flops = (splash_flops if kernel[1] == "tpu_custom_call" else cudnn_flops)(computation, one)
             if flops is None:
                 unknown.add(re.sub(r"[.\d]+$", "", one.name))
             kernel_flops += times * (flops or 0.0)
@@ -115,13 +118,13 @@ def _with_fused(
 
 
 def matmul_flops_of(computation: Computation, one: Instruction) -> float:
-    """FLOPs of a dot or a convolution: two per product that is summed. TPUs write every matmul as a convolution, whose
-    padding takes no part.
+    """FLOPs of a dot, of a call of cuBLAS or of a convolution: two per product that is summed. TPUs write every matmul as a
+    convolution, whose padding takes no part.
     """
     left, right = (operand.shapes[0] for operand in computation.operands(one)[:2])
-    if one.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-        summed = math.prod(left.dims[int(d)] for d in contracted[1].split(",") if d) if contracted else 1
+    if one.opcode != "convolution":
+        contracted = re.search(r"lhs_contracting_dim(?:s=\{|ensions\":\[)([\d,\"]*)", one.attributes)
+        summed = math.prod(left.dims[int(d)] for d in re.findall(r"\d+", contracted[1])) if contracted else 1
         return 2.0 * one.shapes[0].elements * summed
     inputs, kernel, outputs = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes).groups()
     out = one.shapes[0].dims
@@ -191,6 +194,21 @@ def splash_flops(computation: Computation, one: Instruction) -> float | None:
     ends = [first + block_q * (i + 1) for i in range(queries[-2] // block_q)]
     pairs = sum(block_q * block_kv * math.ceil(end / block_kv) for end in ends)
     return 2.0 * matmuls * math.prod(queries[:-2]) * queries[-1] * pairs
+
+
+def cudnn_flops(computation: Computation, one: Instruction) -> float | None:
+    """FLOPs of cuDNN's attention: two matmuls forward, and five backward, which computes the scores again; half of each
+    under a causal mask. None for another of cuDNN's kernels.
+    """
+    match = re.search(r'custom_call_target="__cudnn\$fmha\w*?Softmax(Backward)?"', one.attributes)
+    if not match:
+        return None
+    queries, keys = (
+        operand.shapes[0].dims for operand in computation.operands(one)[:2]
+    )  # (batch, tokens, heads, size)
+    causal = re.search(r'"mask_type":\s*"\w*CAUSAL"', one.attributes)
+    matmuls = 5 if match[1] else 2
+    return 2.0 * matmuls * math.prod(queries) * keys[1] / (2 if causal else 1)
 
 
 def collective_kind(computation: Computation, one: Instruction) -> str | None:
@@ -285,6 +303,8 @@ def hbm_bytes_of(program: Program, computation: Computation, one: Instruction) -
     match one.opcode:
         case "custom-call" if any(marker in one.attributes for marker in _MARKERS):
             return 0.0
+        case "custom-call" if _CUBLAS in one.attributes:  # its second result is workspace, which it need not touch
+            return one.shapes[0].hbm_bytes + sum(operand.hbm_bytes for operand in operands)
         case "fusion":
             return _fusion_bytes(program, one, operands)
         case "copy-start" | "slice-start" | "dynamic-slice" | "slice" | "gather":

@@ -63,13 +63,13 @@ def _head(plan: Plan) -> list[str]:
     lines = [
         _line(
             "plan",
-            f"{plan.stage} on {several}{plan.topology}, {plan.chips} chips; mesh {format_mesh(plan.mesh)}"
+            f"{plan.stage} on {several}{plan.topology}, {_count(plan.chips, 'chip')}; mesh {format_mesh(plan.mesh)}"
             + f", {plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)}, remat {plan.remat}"
             * bool(plan.remat),
         ),
         _line(
             "step",
-            f"{plan.rows:,} sequences of {plan.length:,} token{'s' * (plan.length > 1)}: {plan.tokens_per_step:,} tokens through "
+            f"{_count(plan.rows, 'sequence')} of {_count(plan.length, 'token')}: {_count(plan.tokens_per_step, 'token')} through "
             f"{format_count(plan.parameters)} parameters",
         ),
     ]
@@ -80,7 +80,7 @@ def _costs(plan: Plan) -> list[str]:
     own, flops = plan.memory, plan.matmul_flops + plan.kernel_flops
     total = f"{_size(own.total)} of {_size(plan.usable_bytes)} that a program may have of a chip"
     lines = [
-        _line("memory", f"{total} (exact: the compiler's)"),
+        _line("memory", f"{total} (exact: the compiler's{'; workspace of cuBLAS and cuDNN not in it' * plan.on_gpus})"),
         _line("", ", ".join(f"{name} {_size(value)}" for name, value in vars(own).items() if value or name in _ALWAYS)),
         _line(
             "FLOPs",
@@ -100,16 +100,18 @@ def _costs(plan: Plan) -> list[str]:
     if plan.unknown_kernels:
         lines.append(_line("", f"not counted, FLOPs not known: {', '.join(plan.unknown_kernels)}"))
     for title, exchange in zip(["collectives"] + [""] * len(plan.exchanges), plan.exchanges, strict=False):
-        network = f", {exchange.seconds_dcn:.3g} s DCN" if exchange.seconds_dcn else ""
+        network = f", {exchange.seconds_dcn:.3g} s {plan.seconds.network_name}" if exchange.seconds_dcn else ""
         over = f"{exchange.kind} over {exchange.axes}"
-        seconds = f"{exchange.seconds_ici:8.3g} s ICI{network}"
+        seconds = f"{exchange.seconds_ici:8.3g} s {plan.seconds.link_name}{network}"
         lines.append(_line(title, f"{over:<34} {_size(exchange.bytes):>11} (counted) {seconds}"))
     return lines
 
 
 def _times(plan: Plan) -> list[str]:
     seconds = plan.seconds
-    busy = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.times.items() if value or name != "DCN")
+    busy = ", ".join(
+        f"{name} {value:.3g} s" for name, value in seconds.times.items() if value or name != seconds.network_name
+    )
     bound = f"{seconds.bound:.3g} s if all else hides behind that"
     lines = [
         _line("roofline", f"{busy} (estimated: over published peaks); {seconds.binds} binds"),
@@ -144,6 +146,10 @@ def _run(plan: Plan, run: Footprint) -> list[str]:
 
 def _line(title: str, text: str) -> str:
     return f"{title:<12}{text}"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n > 1)}"
 
 
 def _size(n: float) -> str:

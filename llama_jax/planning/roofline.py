@@ -8,6 +8,7 @@ group of chips spans were busy all the time:
   group is a closed ring, one where it is a line
   an all-to-all is what crosses the middle of the group's longest direction; a permutation goes over one link
   between slices, an all-reduce is done of each chip's part, after that part was reduced within its slice
+  GPUs of a host reach each other through switches, each over its whole bandwidth; between hosts it is as between slices
 
 Resources work side by side at best and one after the other at worst: the longest is the bound, the sum its opposite.
 """
@@ -30,9 +31,9 @@ class Placement:
 
     topology: Topology
     coords: np.ndarray
-    """Of each device within its slice, (devices, dimensions)."""
+    """Of each device within its slice or host, (devices, dimensions)."""
     slice_of: np.ndarray
-    """Number of each device's slice."""
+    """Number of each device's slice, or host of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,21 @@ class Roofline:
     compute: float
     hbm: float
     links: float
-    """Between the chips of a slice (ICI)."""
+    """Between the chips of a slice (ICI), or the GPUs of a host."""
     network: float
-    """Between slices (DCN)."""
+    """Between slices (DCN), or hosts of GPUs."""
+    link_name: str = "ICI"
+    network_name: str = "DCN"
 
     @property
     def times(self) -> dict[str, float]:
         """By the name of the resource."""
-        return {"compute": self.compute, "HBM": self.hbm, "ICI": self.links, "DCN": self.network}
+        return {
+            "compute": self.compute,
+            "HBM": self.hbm,
+            self.link_name: self.links,
+            self.network_name: self.network,
+        }
 
     @property
     def binds(self) -> str:
@@ -70,6 +78,9 @@ class Roofline:
 def place(devices: np.ndarray, topology: Topology) -> Placement:
     """Reads where the devices of a mesh stand, from the devices themselves."""
     flat = list(devices.flat)
+    if topology.chip.is_gpu:
+        numbers = np.array([device.id for device in flat])
+        return Placement(topology, numbers[:, None] % topology.shape[0], numbers // topology.shape[0])
     dims = len(topology.shape)
     coords = np.array([device.coords[:dims] for device in flat])
     return Placement(topology, coords, np.array([getattr(device, "slice_index", 0) or 0 for device in flat]))
@@ -84,6 +95,7 @@ def roofline(cost: ProgramCost, placement: Placement) -> Roofline:
         cost.hbm_bytes / chip.hbm_bytes_per_s,
         sum(links for links, _ in times),
         sum(network for _, network in times),
+        *((("NVLink" if chip.network_bytes_per_s else "PCIe"), "network") if chip.is_gpu else ()),
     )
 
 
@@ -135,11 +147,15 @@ def _bandwidth(group: np.ndarray, placement: Placement) -> float:
 
 
 def _all_to_all_seconds(sent: float, group: np.ndarray, placement: Placement) -> float:
-    """Half of a half's chips' data crosses the middle of the longest direction."""
+    """Half of a half's chips' data crosses the middle of the longest direction; what a GPU sends to others, its link."""
     link = placement.topology.chip.link_bytes_per_s
+    if placement.topology.chip.is_gpu:
+        return sent * (len(group) - 1) / len(group) / link
     return max(sent * chips / 4 / (links * link) for chips, links in _extents(group, placement))
 
 
 def cycles_seconds(cost: ProgramCost, chip: Chip) -> float:
     """The compiler's estimated cycles, and kernels at the chip's peak, in seconds; 0 where it estimates nothing."""
+    if not cost.estimated_cycles:
+        return 0.0
     return cost.estimated_cycles / chip.clock_hz + cost.kernel_flops / chip.device_peak_bf16_flops

@@ -1,4 +1,4 @@
-"""The verb that plans: what a recipe takes of TPUs that are not there."""
+"""The verb that plans: what a recipe takes of TPUs or GPUs that are not there."""
 
 import dataclasses
 import json
@@ -16,9 +16,11 @@ class PlanFlags:
     """What a plan is asked for, beside the fields of its recipe."""
 
     topology: str
-    """The slice: a shape of chips such as v5p:4x4x4 or v5e:4x4, or a cloud name such as v5p-128 or v5litepod-16."""
+    """The slice: a shape of chips such as v5p:4x4x4 or v5e:4x4, or a cloud name such as v5p-128 or v5litepod-16. Or GPUs and
+    how many, such as h200:1, a100-80gb:8 or t4:1; h100:32 are four hosts of eight.
+    """
     slices: int = 1
-    """Slices of that shape, with the gradients going over the network between them."""
+    """Slices of TPUs of that shape, with the gradients going over the network between them."""
     search: bool = False
     """Look for the fastest mesh that fits; also looks for the nearest plan that fits where the recipe's own does not."""
     tries: int = 4
@@ -39,12 +41,13 @@ class PlanFlags:
 
 def plan(argv: Sequence[str]) -> None:
     """Loads the recipe, lets the flags override its fields, and plans it for a topology."""
-    text = f"""What a recipe takes of a TPU slice, and how fast it can be, before one is booked.
+    text = f"""What a recipe takes of a TPU slice or of GPUs, and how fast it can be, before one is booked.
 
-The recipe's own training step is compiled for the slice by the TPU compiler (libtpu), which needs no TPU: its memory a chip,
-FLOPs and collectives are the program's own; times are these over published peaks. Compiling takes minutes and about 2 GB;
-what was planned once is kept. Recipes of pretrain, sft, reward, dpo and ppo can be planned, and with the word generate in place of
-a recipe the serving of a model. The fields of the recipe are flags too.
+The recipe's own training step is compiled for the chips by the compiler for TPUs (libtpu) or for GPUs (XLA's CUDA plugin), which
+need none to be there: its memory a chip, FLOPs and collectives are the program's own; times are these over published peaks.
+Compiling takes minutes and about 2 GB for TPUs, seconds for GPUs; what was planned once is kept. Recipes of pretrain, sft, reward,
+dpo and ppo can be planned, and with the word generate in place of a recipe the serving of a model. The fields of the recipe are
+flags too.
 
 Recipes: {", ".join(path.stem for path in list_recipes()) or "none here"}.
 
@@ -56,6 +59,8 @@ Examples:
   llama-jax plan pretrain_70b --topology v5p:8x8x8 --compute.remat attention --json > plan.json
   llama-jax plan pretrain_70b --topology v5e:16x16 --slices 2 --search
   llama-jax plan sft_style --topology v5e:2x2 --model-preset llama2-7b
+  llama-jax plan pretrain_7b --topology h200:1 --batch-tokens 16384
+  llama-jax plan sft_style --topology t4:1 --model-preset llama2-7b --train lora --nf4
   llama-jax plan ppo --topology v5p:4x4x4 --model-preset llama2-7b --prompt-tokens 1024
   llama-jax plan generate --topology v5e:2x4 --model-preset llama2-70b --rows 32 --int8"""
     if argv and argv[0] in ("-h", "--help"):
@@ -71,9 +76,11 @@ Examples:
     if flags.tries < 1:
         raise UserError(f"--tries is {flags.tries}; it must be 1 or more")
 
-    from llama_jax.planning.compiling import prepare_environment
+    from llama_jax.planning.compiling import load_quietly, prepare_environment
 
-    prepare_environment()  # before jax, which the recipe imports
+    prepare_environment(topology.chip)  # before jax, which the recipe imports
+    if topology.chip.is_gpu:
+        load_quietly()
     from llama_jax.planning import planner
     from llama_jax.planning.carbon import footprint
     from llama_jax.planning.generation_programs import GenerateConfig

@@ -2,10 +2,12 @@
 
 import importlib.util
 
+import jax
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.planning.compiling import ENVIRONMENT, parse_refusal, prepare_environment
+from llama_jax.planning.compiling import ENVIRONMENT, compile_for, parse_refusal, prepare_environment
+from llama_jax.planning.hardware import H100, V5E
 
 GIB = 2**30
 
@@ -35,13 +37,23 @@ def test_a_refusal_says_how_much_was_asked(message, asked, available):
 
 def test_the_environment_lets_two_plans_run_and_looks_for_no_tpu():
     environment = {"JAX_PLATFORMS": "tpu", "TPU_MIN_LOG_LEVEL": "0"}
-    prepare_environment(environment)
+    prepare_environment(V5E, environment)
     assert environment == ENVIRONMENT | {"TPU_MIN_LOG_LEVEL": "0"}
     assert environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] == environment["TPU_SKIP_MDS_QUERY"] == "1"
     assert environment["JAX_PLATFORMS"] == "cpu"
 
 
-def test_without_libtpu_the_command_is_named(monkeypatch):
+@pytest.mark.parametrize(("chip", "extra"), [(V5E, "tpu"), (H100, "cuda12")])
+def test_without_its_compiler_the_command_is_named(monkeypatch, chip, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"-m pip install 'jax\[tpu\]'"):
-        prepare_environment({})
+    with pytest.raises(UserError, match=rf"-m pip install 'jax\[{extra}\]'"):
+        prepare_environment(chip, {})
+
+
+def test_without_cudnn_the_command_and_another_attention_are_named():
+    class Step:
+        def lower(self, *arguments):
+            raise RuntimeError("cuDNN not found.")
+
+    with pytest.raises(UserError, match=r"pip install 'jax\[cuda12\]'; or --compute.attention xla"):
+        compile_for(Step(), jax.make_mesh((1,), ("fsdp",)), ())

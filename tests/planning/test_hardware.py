@@ -14,7 +14,7 @@ PUBLISHED = {
     "v5p": (459, 95, 2.77),
     "v6e": (918, 32, 1.64),
     "v7x": (2307, 192, 7.4),
-    "T4": (65, 16, 0.32),
+    "T4": (8.1, 16, 0.32),
     "L4": (121, 24, 0.3),
     "A100 40GB": (312, 40, 1.555),
     "A100 80GB": (312, 80, 2.039),
@@ -92,3 +92,28 @@ def test_links_network_and_clock_follow_from_what_is_published(chip):
     assert chip.network_bytes_per_s == network * 1e9 / 8
     assert chip.clock_hz == pytest.approx(chip.peak_bf16_flops / (units * 2 * 128**2), rel=5e-3)
     assert 0.95 * chip.hbm_bytes < chip.usable_bytes < 1.1 * chip.hbm_bytes
+
+
+# Both directions of NVLink, GB/s, or None for PCIe; the port of each GPU of a host of eight, Gbit/s; memory as CUDA counts it, GiB.
+GPU_LINKS = {
+    "T4": (None, 0, 14.56),
+    "L4": (None, 0, 22.0),
+    "A100 40GB": (600, 200, 39.4),
+    "A100 80GB": (600, 200, 79.1),
+    "H100": (900, 400, 79.1),
+    "H100 PCIe": (None, 0, 79.1),
+    "H200": (900, 400, 139.8),
+}
+
+
+@pytest.mark.parametrize("chip", [chip for chip in hardware.CHIPS if chip.is_gpu], ids=lambda chip: chip.name)
+def test_a_gpus_links_and_memory_follow_from_what_is_published(chip):
+    links, port, memory = GPU_LINKS[chip.name]
+    assert links is None or chip.link_bytes_per_s == links * 1e9 / 2
+    assert chip.network_bytes_per_s == port * 1e9 / 8
+    assert chip.usable_bytes == pytest.approx(0.92 * memory * 2**30)
+    assert chip.watts > 0 or chip is hardware.A100_40GB
+
+
+def test_no_tpu_has_a_compute_capability():
+    assert not any(chip.is_gpu for chip in (hardware.V4, hardware.V5E, hardware.V5P, hardware.V6E, hardware.V7X))

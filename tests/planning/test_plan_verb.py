@@ -286,16 +286,17 @@ def test_rows_under_way_are_what_a_run_rounds_them_up_to():
 MODEL = LlamaConfig(dim=256, n_layers=3, n_heads=2, n_kv_heads=2, ffn_dim=512, vocab_size=512, context_length=256)
 
 
-def environment_of_a_user(tmp_path: Path) -> dict[str, str]:
-    """Nothing is set that the verb sets itself, and no plan is kept yet."""
+def environment_of_a_user(tmp_path: Path, *packages: Path) -> dict[str, str]:
+    """Nothing is set that the verb sets itself, and no plan is kept yet; folders of further packages are on Python's path."""
     clean = {name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, "XLA_FLAGS")}
-    return clean | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "kept")}
+    path = os.pathsep.join(map(str, (ROOT, *packages)))
+    return clean | {"PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path / "kept")}
 
 
-def printed_by(program: str, tmp_path: Path) -> list:
-    """What a program prints as JSON, line by line."""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment_of_a_user(tmp_path), capture_output=True, text=True, timeout=550)
+def printed_by(program: str, tmp_path: Path, *packages: Path) -> list:
+    """What a program prints as JSON, line by line; `packages` are folders of further packages."""
+    command, environment = [sys.executable, "-c", program], environment_of_a_user(tmp_path, *packages)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     return list(map(json.loads, done.stdout.splitlines()))
 
@@ -349,7 +350,8 @@ def test_a_recipe_compiled_for_four_chips_that_are_not_there(tmp_path):
 COMPILE = f"""
 import json
 from llama_jax.planning.compiling import prepare_environment
-prepare_environment()
+from llama_jax.planning.hardware import V5E
+prepare_environment(V5E)
 from llama_jax.config import LlamaConfig
 from llama_jax.planning.generation_programs import GenerateConfig
 from llama_jax.planning.plan import to_json
@@ -398,7 +400,8 @@ def test_programs_that_draw_judge_and_train_compiled_for_four_chips(tmp_path):
 SIZES = """
 import json
 from llama_jax.planning.compiling import prepare_environment
-prepare_environment()
+from llama_jax.planning.hardware import V5E
+prepare_environment(V5E)
 from llama_jax.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_34B, LLAMA2_70B
 from llama_jax.planning.generation_programs import GenerateConfig
 from llama_jax.planning.plan import to_json

@@ -265,3 +265,33 @@ def test_sums_of_one_channel_are_several_and_the_links_of_a_chain_one():
     found = [(one.kind, one.bytes) for one in program_cost(parse(SUMS_AND_A_CHAIN), 4).collectives]
     whole = 2 * 8192 * 1024
     assert found == [("reduce-scatter", whole), ("reduce-scatter", whole), ("all-gather", 2 * 1024 * 1024)]
+
+
+# As XLA writes them for GPUs, shortened: cuBLAS, and cuDNN's attention of 4 x 256 tokens with 8 heads of 64, and its backward pass.
+GPU = """HloModule gpu
+
+ENTRY %main (a: f32[512,64], b: f32[64,48], q: bf16[4,256,8,64]) -> f32[512,48] {
+  %a = f32[512,64]{1,0} parameter(0)
+  %b = f32[64,48]{1,0} parameter(1)
+  %q = bf16[4,256,8,64]{3,2,1,0} parameter(2)
+  %f = (bf16[4,8,256,64]{3,1,2,0}, f32[4,8,256]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"mask_type": "CAUSAL"}}
+  %d = (bf16[4,8,256,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config":{"mask_type": "CAUSAL"}}
+  ROOT %c = (f32[512,48]{1,0}, s8[1024]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+}
+"""  # noqa: E501
+
+
+def test_a_gpus_matmuls_and_attention():
+    """Attention is two matmuls forward and five backward, of which a causal mask leaves half."""
+    scores = 2 * 4 * 8 * 256 * 256 * 64
+    cost = program_cost(parse(GPU), 1)
+    assert cost.matmul_flops == 2 * 512 * 64 * 48
+    assert cost.kernel_flops == (2 + 5) * scores / 2
+    assert program_cost(parse(GPU.replace("CAUSAL", "NO_MASK")), 1).kernel_flops == (2 + 5) * scores
+    larger = program_cost(parse(GPU.replace("s8[1024]", "s8[4194304]")), 1)
+    assert larger.hbm_bytes == cost.hbm_bytes, "workspace is not traffic"
+
+
+def test_another_kernel_of_cudnn_is_named_and_not_guessed():
+    cost = program_cost(parse(GPU.replace('__cudnn$fmhaSoftmax"', '__cudnn$norm"')), 1)
+    assert cost.unknown_kernels == ("f",) and cost.kernel_flops > 0

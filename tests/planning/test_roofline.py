@@ -1,10 +1,12 @@
 """Times over published peaks: matmuls, memory and collectives whose time follows from a chip's data sheet by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from llama_jax.planning.program_cost import Collective, ProgramCost
-from llama_jax.planning.roofline import Placement, collective_seconds, roofline
+from llama_jax.planning.roofline import Placement, collective_seconds, place, roofline
 from llama_jax.planning.topology import parse_topology
 
 GB = 1e9
@@ -68,3 +70,43 @@ def test_between_slices_each_chip_sends_its_part():
     pairs = np.arange(32).reshape(2, 16).T
     assert seconds("all-reduce", GB, placement, pairs) == (0.0, pytest.approx(2 * (1 / 2) / 3.125))
     assert seconds("collective-permute", GB, placement, [[0, 16]]) == (0.0, pytest.approx(1 / 3.125))
+
+
+def gpus(text: str) -> Placement:
+    topology = parse_topology(text)
+    numbers = np.arange(topology.chips)
+    return Placement(topology, numbers[:, None] % topology.shape[0], numbers // topology.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        # H100: 450 GB/s to the other GPUs of a host, in one direction; 50 GB/s to other hosts.
+        ("all-gather", "h100:8", (7 / 8 / 450, 0)),
+        ("all-gather", "h100:2", (1 / 2 / 450, 0)),
+        ("all-reduce", "h100:8", (2 * 7 / 8 / 450, 0)),
+        ("all-to-all", "h100:8", (7 / 8 / 450, 0)),  # through switches: there is no middle
+        ("all-gather", "h100:32", (7 / 8 / 450, 1 / 8 * 3 / 4 / 50)),  # an eighth of it by each GPU's own port
+        ("reduce-scatter", "a100:16", (7 / 8 / 300, 1 / 8 * 1 / 2 / 25)),
+    ],
+)
+def test_a_collectives_time_on_gpus(kind, text, expected):
+    placement = gpus(text)
+    everyone = np.arange(placement.topology.chips)[None]
+    assert seconds(kind, GB, placement, everyone) == pytest.approx(expected)
+
+
+def test_gpus_stand_on_their_hosts_by_number_and_their_links_have_names():
+    """Sixteen devices of a mesh, in an order of its own."""
+    topology = parse_topology("h100:16")
+    order = [3, 12, *(number for number in range(16) if number not in (3, 12))]
+    placement = place(np.array([SimpleNamespace(id=number) for number in order]).reshape(2, 8), topology)
+    assert placement.slice_of[:3].tolist() == [0, 1, 0] and placement.coords[:3].tolist() == [[3], [4], [0]]
+    times = roofline(ProgramCost(989e12, 0.0, 3.35e12, (), 0.0), placement)
+    assert times.times == {"compute": 1.0, "HBM": 1.0, "NVLink": 0.0, "network": 0.0}
+    assert set(roofline(ProgramCost(0.0, 0.0, 0.0, (), 0.0), gpus("l4:2")).times) == {
+        "compute",
+        "HBM",
+        "PCIe",
+        "network",
+    }

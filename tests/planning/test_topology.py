@@ -29,6 +29,36 @@ def test_slices_multiply_chips_and_nothing_else():
     assert (two.name, two.chips, str(two)) == ("v5p:4x4x4", 128, "2 slices of v5p:4x4x4, 128 chips")
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "chips", "hosts"),
+    [
+        ("h200:1", "h200:1", 1, 1),
+        ("H100:8", "h100:8", 8, 1),
+        ("a100:3", "a100-80gb:3", 3, 1),
+        ("h100:32", "h100:32", 32, 4),  # hosts of eight
+    ],
+)
+def test_gpus_are_named_by_their_count(text, name, chips, hosts):
+    topology = parse_topology(text)
+    assert (topology.name, topology.chips, topology.hosts, topology.slices) == (name, chips, hosts, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "message"),
+    [
+        ("h100:12", 1, "N of 1 to 8 GPUs of a host, or a multiple of 8"),
+        ("h100", 1, "expected h100:N"),
+        ("h100:0", 1, "expected h100:N"),
+        ("h100:2x4", 1, "expected h100:N"),
+        ("t4:16", 1, "expected t4:N with N of 1 to 8 GPUs of a host$"),  # their hosts' network is not known
+        ("h100:8", 2, "--slices is for TPUs; --topology h100:16"),
+    ],
+)
+def test_gpus_that_no_hosts_have_are_refused(text, slices, message):
+    with pytest.raises(UserError, match=message):
+        parse_topology(text, slices)
+
+
 @pytest.mark.parametrize("text", ["v9:2x2", "v5p", "4x4x4", "v5e-16x", "h100-8"])
 def test_an_unknown_chip_is_refused_with_all_that_are_known(text):
     with pytest.raises(UserError) as caught:

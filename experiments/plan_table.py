@@ -1,9 +1,9 @@
-"""Every size on TPU slices, planned at full depth: what a chip holds and how fast a step can be (paper 2.2.1).
+"""Every size on TPU slices and GPUs, planned at full depth: what a chip holds and how fast a step can be (paper 2.2.1).
 
-Claim: each of 7B, 13B, 34B and 70B fits at least one slice of each generation for what it is asked to do there.
-Command: python -m experiments.tpu_table --only "70b.*v5p"
+Claim: each of 7B, 13B, 34B and 70B fits at least one slice of each generation, and GPUs, for what it is asked to do there.
+Command: python -m experiments.plan_table --only "70b.*v5p"
 Cost: three seconds to three minutes of one core for each program that is not planned yet; all rows take about an hour. What was
-planned is kept, so that an interrupted table goes on. Measured: see docs/tpu.md.
+planned is kept, so that an interrupted table goes on. Measured: see docs/tpu.md and docs/gpu.md.
 """
 
 import re
@@ -17,11 +17,15 @@ import tyro
 from llama_jax.cli import end_of
 from llama_jax.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_34B, LLAMA2_70B
 from llama_jax.errors import UserError
-from llama_jax.planning.compiling import prepare_environment
+from llama_jax.planning.compiling import load_quietly, prepare_environment
+from llama_jax.planning.topology import parse_topology
 
 MODELS = {"7b": LLAMA2_7B, "13b": LLAMA2_13B, "34b": LLAMA2_34B, "70b": LLAMA2_70B}
 
-# What is planned: the work, the model, the slice, how many of it, and what is set beside the recipe. Batches of pretraining have
+# Adapters beside frozen weights of 4 bits, a row at a time.
+_QLORA = {"train": "lora", "nf4": True, "rows": 8, "micro_batches": 8}
+
+# What is planned: the work, the model, the chips, how many slices of them, and what is set beside the recipe. Batches of pretraining have
 # 1,024 sequences of 4,096 tokens, those of fine-tuning 64, an iteration of PPO 512 answers; 64 sequences are served.
 ROWS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     ("pretrain", "7b", "v4:4x4x4", 1, {"micro_batches": 2}),
@@ -54,6 +58,23 @@ ROWS: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     ("generate", "34b", "v5p:2x2x1", 1, {}),
     ("generate", "70b", "v5p:2x2x1", 1, {}),
     ("generate", "70b", "v6e:2x4", 1, {}),
+    ("pretrain", "7b", "h200:1", 1, {"batch_tokens": 16384}),
+    ("pretrain", "7b", "h100:8", 1, {"micro_batches": 32}),
+    ("pretrain", "13b", "h100:16", 1, {"micro_batches": 16}),
+    ("pretrain", "34b", "h100:32", 1, {"micro_batches": 16}),
+    ("pretrain", "70b", "h100:64", 1, {"micro_batches": 16}),
+    ("sft", "7b", "h200:1", 1, {"rows": 4}),
+    ("sft", "7b", "a100-80gb:8", 1, {"micro_batches": 2}),
+    ("sft", "7b", "t4:1", 1, {**_QLORA, "length": 2048}),
+    ("sft", "7b", "l4:1", 1, _QLORA),
+    ("sft", "13b", "a100-40gb:1", 1, _QLORA),
+    ("sft", "70b", "h100:1", 1, _QLORA),
+    ("ppo", "7b", "h100:8", 1, {}),
+    ("generate", "7b", "t4:1", 1, {"rows": 1, "int8": True}),
+    ("generate", "7b", "l4:1", 1, {"rows": 1}),
+    ("generate", "13b", "a100-80gb:1", 1, {"rows": 12}),
+    ("generate", "34b", "h200:1", 1, {"rows": 64}),
+    ("generate", "70b", "h100:4", 1, {"rows": 32}),
 )
 
 
@@ -67,9 +88,11 @@ def main(only: str = "", cached: bool = False) -> None:
     chosen = [row for row in ROWS if re.search(only, " ".join(map(str, row[:3])))]
     if not chosen:
         raise UserError(f"--only {only!r} matches none of {', '.join(' '.join(row[:3]) for row in ROWS)}")
-    prepare_environment()  # before jax, which the recipes import
+    for chip in {parse_topology(name).chip for _, _, name, *_ in chosen}:
+        prepare_environment(chip)  # before jax, which the recipes import
+    load_quietly()
     print(
-        "| work | model | slice | mesh, micro-batches, recomputed | a chip | the most is | bound, s | share of peak | compiling |"
+        "| work | model | chips | mesh, micro-batches, recomputed | a chip | the most is | bound, s | share of peak | compiling |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for row in chosen:
@@ -99,7 +122,6 @@ def planned(work: str, size: str, name: str, slices: int, own: dict[str, Any], *
     from llama_jax.parallel.mesh import format_mesh, mesh_sizes_of
     from llama_jax.planning import cache, planner
     from llama_jax.planning.report import format_refusal
-    from llama_jax.planning.topology import parse_topology
 
     model, topology = MODELS[size], parse_topology(name, slices)
     config = recipe_of(work, size, own)
@@ -112,6 +134,7 @@ def planned(work: str, size: str, name: str, slices: int, own: dict[str, Any], *
             continue
         parts = f"{plan.micro_batches} x {plan.rows // plan.micro_batches} rows, {plan.remat or '-'}"
         how = f"{format_mesh(plan.mesh)}, {parts}{', offloaded' * bool(plan.offloaded)}"
+        how += ", adapters on nf4" * own.get("nf4", False) + ", int8" * own.get("int8", False)
         start = f"| {plan.stage} | {size.upper()} | {f'{slices} x ' * (slices > 1)}{name} | {how}"
         if plan.fits:
             memory = {key: value for key, value in vars(plan.memory).items() if key != "padding"}
