@@ -25,6 +25,24 @@ import pytest
 SHARED = Path(os.environ.get("LLAMA_JAX_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
 
+# Files that take minutes, and what would else be the last: a worker that is given a long file at the end is alone with it.
+FIRST = (
+    "test_readme.py",
+    "test_demo.py",
+    "multi_process/test_drill.py",
+    "stages/test_sft.py",
+    "stages/test_ppo.py",
+    "training/test_step.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Puts the longest files first; xdist gives out files in this order."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(FIRST)}
+    assert all(path.is_file() for path in ranks), FIRST
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data beside the checkout; the test is skipped where it is absent."""
