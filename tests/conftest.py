@@ -9,6 +9,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
+# Most tests run a small program a few times, so what LLVM's optimisations take is more than they give. XLA's own passes stay.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # Compiling is most of what tests wait for, and many compile the same, so all processes of a run keep what they compile in one
 # folder. jax locks the folder only where its size has a limit; without, one process reads what another has half written.
 if "PYTEST_XDIST_WORKER" not in os.environ:

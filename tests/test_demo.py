@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 
+import jax
 import pytest
 
 from llama_jax import cli, demo
@@ -16,6 +17,15 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(1800)  # every stage compiles its own programs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised():
+    """These programs run long enough for optimising to pay."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

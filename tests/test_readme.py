@@ -44,7 +44,9 @@ def run_blocks(document: str, folder: Path, **more: str) -> None:
         command.write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
         command.chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **more}
-    environment.pop("XLA_FLAGS", None)  # the suite's eight fake devices are nobody's machine
+    # The suite's eight fake devices are nobody's machine, and a user's programs are optimised.
+    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):
+        environment.pop(name, None)
     for language, code in blocks(document, "bash", "python"):
         shell = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
         result = subprocess.run(

@@ -22,6 +22,7 @@ def reports() -> dict[str, dict]:
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
     }
     script = Path(__file__).with_name("aot_tpu.py")
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=550)

@@ -184,7 +184,8 @@ def test_cudnn_in_float32_is_refused_with_the_remedy():
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no NVIDIA GPU here, so no cuDNN")
 def test_cudnn_on_a_gpu_equals_xla_packed():
-    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    of_tests = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    environment = {name: value for name, value in os.environ.items() if name not in of_tests}
     script = Path(__file__).with_name("cudnn_on_gpu.py")
     subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=300)
 

@@ -288,7 +288,8 @@ MODEL = LlamaConfig(dim=256, n_layers=3, n_heads=2, n_kv_heads=2, ffn_dim=512, v
 
 def environment_of_a_user(tmp_path: Path, *packages: Path) -> dict[str, str]:
     """Nothing is set that the verb sets itself, and no plan is kept yet; folders of further packages are on Python's path."""
-    clean = {name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, "XLA_FLAGS")}
+    of_tests = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    clean = {name: value for name, value in os.environ.items() if name not in (*ENVIRONMENT, *of_tests)}
     path = os.pathsep.join(map(str, (ROOT, *packages)))
     return clean | {"PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path / "kept")}
 
