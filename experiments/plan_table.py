@@ -112,9 +112,7 @@ def recipe_of(work: str, size: str, own: dict[str, Any]) -> Any:
         "ppo": PPOConfig(checkpoint="policy"),
         "generate": GenerateConfig(model=MODELS[size]),
     }
-    config, offload = recipes[work], own.get("offload", False)
-    config = replace(config, **{name: value for name, value in own.items() if name != "offload"})
-    return replace(config, compute=replace(config.compute, offload=True)) if offload else config
+    return replace(recipes[work], **own)
 
 
 def planned(work: str, size: str, name: str, slices: int, own: dict[str, Any], *, cached: bool) -> list[str]:
@@ -133,7 +131,7 @@ def planned(work: str, size: str, name: str, slices: int, own: dict[str, Any], *
             print(f"not planned yet: {job.stage} {size} {name}", file=sys.stderr)
             continue
         parts = f"{plan.micro_batches} x {plan.rows // plan.micro_batches} rows, {plan.remat or '-'}"
-        how = f"{format_mesh(plan.mesh)}, {parts}{', offloaded' * bool(plan.offloaded)}"
+        how = f"{format_mesh(plan.mesh)}, {parts}"
         how += ", adapters on nf4" * own.get("nf4", False) + ", int8" * own.get("int8", False)
         start = f"| {plan.stage} | {size.upper()} | {f'{slices} x ' * (slices > 1)}{name} | {how}"
         if plan.fits:
