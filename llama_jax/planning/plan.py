@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.errors import UserError
 from llama_jax.generation.sampler import Decoding
 from llama_jax.parallel.mesh import format_mesh, make_mesh, mesh_sizes_of
 from llama_jax.planning import hlo
@@ -155,6 +156,11 @@ def make_plan(job: Job, topology: Topology) -> Plan:
     Raises:
       UserError: the recipe does not suit the topology, or libtpu does not know it.
     """
+    if topology.chip.is_gpu and job.trains and job.config.compute.offload:
+        raise UserError(
+            "a plan for GPUs cannot see what --compute.offload keeps in the host's memory, which jax does not know of GPUs that are "
+            "not there; leave it out: moments take 8 bytes a trained parameter, over all GPUs"
+        )
     devices = devices_of(topology)
     mesh = make_mesh(job.config.mesh, devices)
     sizes = mesh_sizes_of(job.config.mesh, len(devices), topology.slices)

@@ -77,7 +77,8 @@ def nearest_that_fits(
         if mesh != refused.mesh
         for micro in _micro_batches(refused.rows, mesh)
     ]
-    on_the_host = [replace(one, offload=True) for one in (*same_mesh, *others)] if not here.offload else []
+    can_offload = not here.offload and not topology.chip.is_gpu  # of GPUs a plan cannot see it
+    on_the_host = [replace(one, offload=True) for one in (*same_mesh, *others)] if can_offload else []
     jobs = _jobs((one for one in (*same_mesh, *others, *on_the_host) if one != here), config, model)
     jobs = ((one, job) for one, job in jobs if _guess(one, job, refused) <= _HEADROOM * _available(refused))
     tried = []

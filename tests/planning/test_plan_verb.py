@@ -90,6 +90,7 @@ def planned(capsys, monkeypatch):
         (["pretrain_7b", "--topology", "v5e:4x4", "--slices", "0"], "--slices is 0"),
         (["pretrain_7b", "--topology", "v5e:4x4", "--slices", "2", "--mesh", "fsdp=32"], "data must be a multiple of"),
         (["pretrain_7b", "--topology", "v5e:4x4", "--tries", "0"], "--tries is 0"),
+        (["pretrain_7b", "--topology", "h100:12"], "expected h100:N with N of 1 to 8"),
         (["pretrain_7b", "--topology", "v5e:4x4", "--mesh", "fsdp=8"], "asks for 8 devices, but 16 are present"),
         (["pretrain_7b", "--topology", "v5e:4x4", "--micro-batch", "2"], "--micro-batch"),
         (["pretrain_7b", "--topology", "v5e:4x4", "--micro-batches", "3"], "does not divide the 1024 sequences"),

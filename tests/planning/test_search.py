@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from llama_jax.config import LLAMA2_7B, LLAMA2_13B, Compute
+from llama_jax.errors import UserError
 from llama_jax.parallel.mesh import mesh_sizes_of
 from llama_jax.planning import search
 from llama_jax.planning.compiling import Refused
-from llama_jax.planning.plan import Memory, Plan
+from llama_jax.planning.plan import Memory, Plan, make_plan
 from llama_jax.planning.programs import job_of
 from llama_jax.planning.roofline import Roofline
 from llama_jax.planning.topology import parse_topology
@@ -131,3 +132,19 @@ def test_candidates_suit_heads_slices_and_batch(slices):
     found = search.best(replace(CONFIG, model=LLAMA2_13B), None, topology, compiler, tries=50)
     assert found.tried and all(plan.mesh["tensor"] in (1, 2, 4, 8) for plan in found.tried)
     assert all(plan.mesh["data"] == slices for plan in found.tried)
+
+
+def test_gpus_are_not_offered_moments_on_the_host_which_their_plans_cannot_see():
+    topology, asked = parse_topology("h100:8"), []
+    compiler = Compiler(topology, lambda job, sizes: 1e12)
+
+    def noted(job):
+        asked.append(job.config.compute.offload)
+        return compiler(job)
+
+    own = compiler(job_of(CONFIG, None, mesh_sizes_of("auto", 8)))
+    search.nearest_that_fits(CONFIG, None, topology, replace(own, refused=Refused(80e9, 78e9, "")), noted, 1000)
+    assert asked and not any(asked)
+    job = job_of(replace(CONFIG, compute=Compute(offload=True)), None, mesh_sizes_of("auto", 8))
+    with pytest.raises(UserError, match="cannot see what --compute.offload keeps"):
+        make_plan(job, topology)
