@@ -4,8 +4,8 @@ Claim: ranking the labels by `Llama.score` gets better than chance; a 7B model's
 A row: {"instruction": "Which department is this message for? ...", "input": "My parcel ...", "output": "delivery"}, with
   the same instruction in every row, the label alone as output, and about equally many rows of each label.
 Command: llama-jax sft sft_classification --checkpoint Llama-2-7b-hf --data mine.jsonl --out runs/classification
-Cost: 7B in 8 bits takes at most 9.8 GB at these lengths, as planned for a TPU v5e (bench/qlora_memory.py). Time: not
-  measured.
+Cost: planned for a T4, a free notebook's GPU (`llama-jax plan sft_classification --topology t4:1 --model-preset llama2-7b`), in 8
+  bits: 8.4 of 14.4 GB, 2.4 s a step of 512 tokens at the least. Time: not measured.
 Check: accuracy on rows that were kept out of the file, eight lines of Python in docs/finetuning.md.
 """
 

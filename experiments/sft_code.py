@@ -5,8 +5,8 @@ A row: {"conversations": [{"from": "human", "value": "Write a Python function ..
   "```python ..."}]}, some with a second turn that asks for a change. Every answer holds its own test as a doctest; run
   them before training on them (the project's tests do so with the example), as a model copies bugs too.
 Command: llama-jax sft sft_code --checkpoint Llama-2-7b-hf --data mine.jsonl --out runs/code
-Cost: 7B in 4 bits takes between 7.0 GB (at 1024 tokens a row) and 9.2 GB (at 4096), as planned for a TPU v5e
-  (bench/qlora_memory.py). Time: not measured.
+Cost: planned for a T4, a free notebook's GPU (`llama-jax plan sft_code --topology t4:1 --model-preset llama2-7b`): 10.1 of 14.4 GB,
+  10 s a step of 2,048 tokens at the least. Time: not measured.
 Check: generate at --temperature 0.1 (the paper's for one try), save the answers' code and run `python -m doctest` on it:
   the share that passes is the score. It is a program that a model wrote: run it in a sandbox.
 """

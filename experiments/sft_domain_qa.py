@@ -5,8 +5,8 @@ A row: {"prompt": "Can I renew a loan?", "response": "Yes, twice, by three weeks
   ways, and add questions that your text does not answer, with the answer that says so: a model trained on answers alone
   learns to always have one. The example is a library that does not exist, so that no model knows it already.
 Command: llama-jax sft sft_domain_qa --checkpoint Llama-2-7b-hf --data mine.jsonl --out runs/domain_qa
-Cost: 7B in 4 bits at up to 1024 tokens a row takes 7.0 GB, as planned for a TPU v5e (bench/qlora_memory.py). Time: not
-  measured.
+Cost: planned for a T4, a free notebook's GPU (`llama-jax plan sft_domain_qa --topology t4:1 --model-preset llama2-7b`): 9.1 of 14.4
+  GB, 2.4 s a step of 512 tokens at the least. Time: not measured.
 Check: `llama-jax chat runs/domain_qa --temperature 0` with questions that were kept out of the file.
 """
 

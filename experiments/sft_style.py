@@ -5,7 +5,8 @@ A row: {"messages": [{"role": "system", "content": "You are Marlow, ..."}, {"rol
   ...}]}, with several turns in some, so that the manner does not end after the first. What is asked should be as mixed as
   it will be in use, and the answers right: what the rows have in common is learned, mistakes included.
 Command: llama-jax sft sft_style --checkpoint Llama-2-7b-chat-hf --data mine.jsonl --out runs/style
-Cost: as sft_domain_qa. Time: not measured.
+Cost: planned for a T4, a free notebook's GPU (`llama-jax plan sft_style --topology t4:1 --model-preset llama2-7b`): 8.9 of 14.4 GB,
+  2.4 s a step of 512 tokens at the least. Time: not measured.
 Check: `llama-jax chat runs/style --system "You are Marlow, ..."`; the example's answers all close with "Fair winds.", so
   a program can count how many do.
 """

@@ -5,7 +5,8 @@ A row: {"text": "\\n\\nHuman: Summarise in one sentence:\\n\\n...\\n\\nAssistant
   instruction for each length or form of summary, and put into a summary nothing that the text does not say.
 Command: llama-jax sft sft_summarisation --checkpoint Llama-2-7b-hf --data mine.jsonl --out runs/summarisation
   The example's texts are short; --length 512 gives them more steps.
-Cost: 7B in 4 bits at 4096 tokens a row takes 9.2 GB, as planned for a TPU v5e (bench/qlora_memory.py). Time: not measured.
+Cost: planned for a T4, a free notebook's GPU (`llama-jax plan sft_summarisation --topology t4:1 --model-preset llama2-7b`): 12.7 of
+  14.4 GB with rows of 4,096 tokens, 21 s a step at the least. Time: not measured.
 Check: read ten summaries beside their texts. A program can look for numbers and names that the text does not have.
 """
 

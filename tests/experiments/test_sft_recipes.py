@@ -74,7 +74,7 @@ def test_every_row_fits_and_some_are_held_out(name, tokenizer):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_recipe_fits_16_gb_as_far_as_that_was_planned(name):
-    """One row at a time, of lengths and bits for which bench/qlora_memory.py planned a 7B step."""
+    """So many tokens at once, in such bits, as a 7B's step was planned with for a T4; each recipe says what it takes."""
     config = recipe(name)
     assert config.train == "lora" and config.nf4 != config.int8
     tokens_at_once = config.rows // config.micro_batches * config.length
