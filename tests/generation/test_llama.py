@@ -10,8 +10,9 @@ from llama_jax.errors import UserError
 from llama_jax.generation import llama as llama_module
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.sampler import Sampling, log_probs, prefill
-from llama_jax.model.transformer import shardings
+from llama_jax.model.transformer import layers_apart, shardings
 from llama_jax.parallel.mesh import make_mesh
+from tests.stories260k import FOLDER
 
 PROMPTS = ["the cat sat", "who", "", "the dog sat by the door and the cat on the mat"]
 WARM = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 40}
@@ -233,6 +234,21 @@ def test_a_prompt_is_read_once_for_all_its_samples(engine, monkeypatch):
     assert len(engine.generate(PROMPTS[:2], samples=6, max_new_tokens=0)) == 12
     with pytest.raises(UserError, match="samples is 0; it must be 1 or more"):
         engine.generate(PROMPTS, samples=0)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_what_is_loaded_is_taken_apart_and_nothing_is_left_twice(shared, monkeypatch, int8):
+    """A 7B in 8 bits would else take most of a T4 twice over."""
+    stacked = []
+
+    def taken(model, **settings):
+        stacked.extend(jax.tree.leaves(model.layers))
+        return layers_apart(model, **settings)
+
+    monkeypatch.setattr(llama_module, "layers_apart", taken)
+    llama = Llama.load(shared / FOLDER, int8=int8)
+    assert len(llama.model.layers) == 5 and stacked and all(leaf.is_deleted() for leaf in stacked)
+    assert llama.generate(["Once"], temperature=0, max_new_tokens=4)[0].text
 
 
 def test_weights_are_cast_once(model, tokenizer):
