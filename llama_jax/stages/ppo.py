@@ -174,7 +174,7 @@ def describe_steps(
     that it takes as shapes, dtypes and shardings.
     """
     place, shape = sharding(mesh, "batch", "length"), (config.mini_batch, length)
-    dtypes = Experience(*[jnp.int32] * 3, jnp.bool_, *[jnp.float32] * 4)
+    dtypes = Experience(*[jnp.int32] * 3, jnp.bool_, *[jnp.float32] * 3)
     batch = Experience(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in dtypes))
     states = describe_states(actors, optimizers, mesh)
     objectives = (policy_objective(config.clip, config.temperature), value_objective())

@@ -182,7 +182,6 @@ def make_experience(
         old_log_probs_BT=log_probs_BT,
         advantages_BT=advantages_BT,
         returns_BT=returns_BT,
-        old_values_BT=values_BT,
     )
     return experience, kl_BT
 

@@ -38,8 +38,6 @@ class Experience(NamedTuple):
     """float32."""
     returns_BT: Any
     """float32, what the critic is to learn."""
-    old_values_BT: Any
-    """float32, the critic's estimates that the advantages were made with."""
 
 
 class PolicySums(NamedTuple):
@@ -197,29 +195,18 @@ def policy_objective(clip: float, temperature: float) -> Objective:
     return Objective(lambda batch: batch.answer_mask_BT, sums)
 
 
-def value_objective(clip: float | None = None) -> Objective:
+def value_objective() -> Objective:
     """Half the squared error of a critic, meaned over the drawn tokens of a mini-batch; its extras are `ValueSums`.
 
-    Our choice: values are not clipped. With `clip`, the error is the greater of the value's own and that of the value kept
-    within `clip` of the old one.
+    Our choice: values are not clipped around those that the advantages were made with.
     """
 
     def sums(model: RewardModel, batch: Experience, weights_BT: jax.Array, compute: Compute) -> LossSums:
         mask_BT = batch.answer_mask_BT
-        values_BT, old_values_BT, returns_BT = (
-            jnp.where(mask_BT, a, 0.0)
-            for a in (
-                token_values(model, batch.tokens_BT, compute, mask_BT, batch.segment_ids_BT),
-                batch.old_values_BT,
-                batch.returns_BT,
-            )
-        )
+        estimated_BT = token_values(model, batch.tokens_BT, compute, mask_BT, batch.segment_ids_BT)
+        values_BT, returns_BT = (jnp.where(mask_BT, a, 0.0) for a in (estimated_BT, batch.returns_BT))
         errors_BT = returns_BT - values_BT
-        squared_BT = errors_BT**2
-        if clip is not None:
-            near_BT = jnp.clip(values_BT, old_values_BT - clip, old_values_BT + clip)
-            squared_BT = jnp.maximum(squared_BT, (returns_BT - near_BT) ** 2)
-        loss = 0.5 * jnp.sum(weights_BT * squared_BT)
+        loss = 0.5 * jnp.sum(weights_BT * errors_BT**2)
         seen = ValueSums(*(jnp.sum(weights_BT * a) for a in (returns_BT, returns_BT**2, errors_BT, errors_BT**2)))
         return LossSums(loss, loss, jnp.zeros((), jnp.float32), seen)
 

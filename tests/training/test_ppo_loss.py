@@ -54,7 +54,7 @@ def experience(seed: int = 0) -> Experience:
     tokens = random.integers(3, V, (ROWS, T + 1)).astype(np.int32)
     start_B1 = random.integers(1, 5, (ROWS, 1))
     end_B1 = start_B1 + np.array([1, 2, 10, 11, 3, 5, 9, 0])[:, None]
-    floats = random.normal(size=(4, ROWS, T)).astype(np.float32)
+    floats = random.normal(size=(3, ROWS, T)).astype(np.float32)
     floats[2] += 1  # or the critic's errors nearly cancel, and with them its bias's gradient
     mask_BT = (np.arange(T) >= start_B1) & (np.arange(T) < end_B1)
     return Experience(tokens[:, :-1], tokens[:, 1:], np.ones((ROWS, T), np.int32), mask_BT, *floats)
@@ -77,7 +77,7 @@ def poisoned(data: Experience, poison: float) -> Experience:
     return data._replace(
         **{
             name: np.where(data.answer_mask_BT, getattr(data, name), np.float32(poison))
-            for name in ("old_log_probs_BT", "advantages_BT", "returns_BT", "old_values_BT")
+            for name in ("old_log_probs_BT", "advantages_BT", "returns_BT")
         }
     )
 
@@ -217,7 +217,7 @@ def test_beyond_the_clip_range_only_the_way_back_has_a_slope(given_log_probs, ra
     """Each case by hand: the slope of -ratio * advantage along the log-probability, or none."""
     one = np.ones((1, 1), np.float32)
     none = np.zeros((1, 1), np.int32)
-    data = Experience(none, none, none + 1, one > 0, -2 * one, advantage * one, one, one)
+    data = Experience(none, none, none + 1, one > 0, -2 * one, advantage * one, one)
     got = jax.grad(lambda log_probs: policy_sums(log_probs, data).loss)(jnp.asarray(-2 + np.log(ratio) * one))
     np.testing.assert_allclose(got, [[slope]], rtol=1e-5)
 
@@ -261,20 +261,16 @@ def given_values(monkeypatch):
     monkeypatch.setattr(ppo_loss, "token_values", lambda model, *_: model)
 
 
-def value_sums(values, data, clip=None):
-    return value_objective(clip).sums(jnp.asarray(values, jnp.float32), data, weights_of(data), FP32)
+def value_sums(values, data):
+    return value_objective().sums(jnp.asarray(values, jnp.float32), data, weights_of(data), FP32)
 
 
-@pytest.mark.parametrize("clip", [None, 0.3])
-def test_the_critics_loss_is_half_the_squared_error(monkeypatch, clip):
+def test_the_critics_loss_is_half_the_squared_error(monkeypatch):
     given_values(monkeypatch)
     data, values = experience(), experience(1).returns_BT
-    got = value_sums(values, data, clip)
-    losses = []
-    for place in zip(*np.nonzero(data.answer_mask_BT), strict=True):
-        value, old, target = (float(a[place]) for a in (values, data.old_values_BT, data.returns_BT))
-        near = value if clip is None else min(max(value, old - clip), old + clip)
-        losses.append(0.5 * max((value - target) ** 2, (near - target) ** 2))
+    got = value_sums(values, data)
+    drawn = zip(*np.nonzero(data.answer_mask_BT), strict=True)
+    losses = [0.5 * (float(values[place]) - float(data.returns_BT[place])) ** 2 for place in drawn]
     np.testing.assert_allclose(got.loss, np.mean(losses), rtol=1e-5)
     gradient = jax.grad(lambda values: value_sums(values, data).loss)(jnp.asarray(values))
     np.testing.assert_allclose(gradient, weights_of(data) * (values - data.returns_BT), atol=1e-7)
@@ -302,7 +298,7 @@ def test_explained_variance_is_of_all_drawn_tokens_however_they_were_split(monke
 def test_values_and_returns_of_no_drawn_token_reach_nothing(monkeypatch, poison):
     given_values(monkeypatch)
     data, values = experience(), jnp.asarray(experience(1).returns_BT)
-    of = jax.value_and_grad(lambda values, data: (lambda s: (s.loss, s))(value_sums(values, data, 0.3)), has_aux=True)
+    of = jax.value_and_grad(lambda values, data: (lambda s: (s.loss, s))(value_sums(values, data)), has_aux=True)
     dirty = of(jnp.where(data.answer_mask_BT, values, poison), poisoned(data, poison))
     for ours, theirs in zip(jax.tree.leaves(dirty), jax.tree.leaves(of(values, data)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
