@@ -70,15 +70,15 @@ _SYSTEM_REMEDIES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; `argv` is `sys.argv[1:]` unless given."""
     argv, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))  # before jax finds a GPU
     return end_of(lambda: _dispatch(argv), debug)
 
 
 def end_of(run: Callable[[], int | None], debug: bool = False) -> int:
     """Runs a program and returns its exit code, whichever way it ends; what it has to say about that goes to stderr.
 
-    The experiments end through it as the verbs do.
+    The experiments end through it as the verbs do, and both have the same share of a GPU's memory.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))  # read when jax finds a GPU
     try:
         code = run()
         sys.stdout.flush()  # here, so that a full disk or a reader that left is met inside the try

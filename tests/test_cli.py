@@ -39,6 +39,8 @@ def test_a_gpus_memory_is_ours_but_for_a_twelfth_unless_the_user_says_otherwise(
     assert cli.main(["--version"]) == 0 and os.environ[name] == "0.5"
     monkeypatch.delenv(name)
     assert cli.main(["--version"]) == 0 and os.environ[name] == "0.92"
+    monkeypatch.delenv(name)
+    assert cli.end_of(lambda: os.environ[name] != "0.92") == 0  # as an experiment sees it
 
 
 def test_help_is_quick_and_loads_nothing_heavy():

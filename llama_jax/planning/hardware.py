@@ -84,7 +84,7 @@ V6E = Chip(
 V7X = Chip("v7x", 2307e12, 192e9, 7.4e12, devices=2)
 
 GPU_MEMORY_SHARE = 0.92
-"""Of a GPU's memory, what the command line lets XLA have; the rest is for CUDA, cuBLAS and NCCL. Our choice: XLA's own is 0.75,
+"""Of a GPU's memory, what verbs and experiments let XLA have; the rest is for CUDA, cuBLAS and NCCL. Our choice: XLA's own is 0.75,
 with which a 7B does not train on an H200.
 """
 # GPUs' power is the most that their data sheets let them draw; 80 GB A100s and H200s as SXM modules, cards draw less.
