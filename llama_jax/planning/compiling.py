@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.errors import UserError
 from llama_jax.planning.gpu import target_config
 from llama_jax.planning.hardware import Chip
-from llama_jax.planning.topology import GPUS_OF_HOST, Topology
+from llama_jax.planning.topology import Topology
 
 if TYPE_CHECKING:  # jax reads the environment as it is imported, and `prepare_environment` changes it before
     import jax
@@ -101,17 +101,16 @@ def load_quietly() -> None:
 
 
 def devices_of(topology: Topology) -> list["jax.Device"]:
-    """The devices of slices that are not there, one a chip.
+    """The devices of slices or hosts that are not there, one a chip.
 
     Raises:
-      UserError: this libtpu does not know them.
+      UserError: this libtpu does not know the slices.
     """
     from jax.experimental import topologies
 
     if topology.chip.is_gpu:
-        hosts, each = (topology.hosts, GPUS_OF_HOST) if topology.hosts > 1 else (1, topology.chips)
-        described = target_config(topology.chip, _CUDA, _CUDNN)
-        found = topologies.get_topology_desc(platform="cuda", target_config=described, topology=f"1x{hosts}x{each}")
+        described, laid = target_config(topology.chip, _CUDA, _CUDNN), f"1x{topology.hosts}x{topology.shape[0]}"
+        found = topologies.get_topology_desc(platform="cuda", target_config=described, topology=laid)
         return list(found.devices)
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.chip.name == "v4":
@@ -125,7 +124,11 @@ def devices_of(topology: Topology) -> list["jax.Device"]:
 
 
 def compile_for(step: Any, mesh: Any, arguments: tuple) -> "jax.stages.Compiled | Refused":
-    """Compiles a jitted step for its arguments' shapes and shardings, or gives the compiler's refusal for want of memory."""
+    """Compiles a jitted step for its arguments' shapes and shardings, or gives the compiler's refusal for want of memory.
+
+    Raises:
+      UserError: it asks for cuDNN, which is not installed.
+    """
     import jax
 
     try:

@@ -37,6 +37,11 @@ class Chip:
     """NVIDIA's number of a GPU's generation; 0: no GPU of NVIDIA."""
 
     @property
+    def slug(self) -> str:
+        """Its name as a topology has it, such as h100 or a100-80gb."""
+        return self.name.lower().replace(" ", "-")
+
+    @property
     def is_gpu(self) -> bool:
         """Whether it is a GPU, whose hosts are linked by a network alone."""
         return self.compute_capability > 0
@@ -87,62 +92,28 @@ GPU_MEMORY_SHARE = 0.92
 """Of a GPU's memory, what verbs and experiments let XLA have; the rest is for CUDA, cuBLAS and NCCL. Our choice: XLA's own is 0.75,
 with which a 7B does not train on an H200.
 """
+
+
 # GPUs' power is the most that their data sheets let them draw; 80 GB A100s and H200s as SXM modules, cards draw less.
 # Links are NVLink's (600 and 900 GB/s in both directions), or PCIe's 16 lanes of their generation where there is none. The
 # network is that of NVIDIA's own hosts of eight: a port of 200 or 400 Gbit/s for each GPU. Usable: our share of what CUDA counts.
 # The T4 has no bf16 units, and XLA computes such matmuls there in float32: the figure is that peak (fp16: 65 TFLOP/s).
-T4 = Chip(
-    *("T4", 8.1e12, 16e9, 0.32e12),
-    link_bytes_per_s=16e9,
-    usable_bytes=GPU_MEMORY_SHARE * 14.56 * 2**30,
-    watts=70.0,
-    compute_capability=7.5,
-)
-L4 = Chip(
-    *("L4", 121e12, 24e9, 0.3e12),
-    link_bytes_per_s=32e9,
-    usable_bytes=GPU_MEMORY_SHARE * 22.0 * 2**30,
-    watts=72.0,
-    compute_capability=8.9,
-)
-A100_40GB = Chip(
-    *("A100 40GB", 312e12, 40e9, 1.555e12),
-    link_bytes_per_s=300e9,
-    network_bytes_per_s=25e9,
-    usable_bytes=GPU_MEMORY_SHARE * 39.4 * 2**30,
-    compute_capability=8.0,
-)
-A100_80GB = Chip(
-    *("A100 80GB", 312e12, 80e9, 2.039e12),
-    link_bytes_per_s=300e9,
-    network_bytes_per_s=25e9,
-    usable_bytes=GPU_MEMORY_SHARE * 79.1 * 2**30,
-    watts=400.0,
-    compute_capability=8.0,
-)
-H100 = Chip(
-    *("H100", 989e12, 80e9, 3.35e12),
-    link_bytes_per_s=450e9,
-    network_bytes_per_s=50e9,
-    usable_bytes=GPU_MEMORY_SHARE * 79.1 * 2**30,
-    watts=700.0,
-    compute_capability=9.0,
-)
-H100_PCIE = Chip(
-    *("H100 PCIe", 756e12, 80e9, 2.0e12),
-    link_bytes_per_s=64e9,
-    usable_bytes=GPU_MEMORY_SHARE * 79.1 * 2**30,
-    watts=350.0,
-    compute_capability=9.0,
-)
-H200 = Chip(
-    *("H200", 989e12, 141e9, 4.8e12),
-    link_bytes_per_s=450e9,
-    network_bytes_per_s=50e9,
-    usable_bytes=GPU_MEMORY_SHARE * 139.8 * 2**30,
-    watts=700.0,
-    compute_capability=9.0,
-)
+def _usable(gib: float) -> float:
+    return GPU_MEMORY_SHARE * gib * 2**30
+
+
+_T4 = {"link_bytes_per_s": 16e9, "usable_bytes": _usable(14.56), "watts": 70.0, "compute_capability": 7.5}
+_L4 = {"link_bytes_per_s": 32e9, "usable_bytes": _usable(22.0), "watts": 72.0, "compute_capability": 8.9}
+_A100 = {"link_bytes_per_s": 300e9, "network_bytes_per_s": 25e9, "compute_capability": 8.0}
+_H100 = {"link_bytes_per_s": 450e9, "network_bytes_per_s": 50e9, "compute_capability": 9.0}
+T4 = Chip("T4", 8.1e12, 16e9, 0.32e12, **_T4)
+L4 = Chip("L4", 121e12, 24e9, 0.3e12, **_L4)
+A100_40GB = Chip("A100 40GB", 312e12, 40e9, 1.555e12, usable_bytes=_usable(39.4), **_A100)
+A100_80GB = Chip("A100 80GB", 312e12, 80e9, 2.039e12, usable_bytes=_usable(79.1), watts=400.0, **_A100)
+H100 = Chip("H100", 989e12, 80e9, 3.35e12, usable_bytes=_usable(79.1), watts=700.0, **_H100)
+_PCIE = _H100 | {"link_bytes_per_s": 64e9, "network_bytes_per_s": 0.0}
+H100_PCIE = Chip("H100 PCIe", 756e12, 80e9, 2.0e12, usable_bytes=_usable(79.1), watts=350.0, **_PCIE)
+H200 = Chip("H200", 989e12, 141e9, 4.8e12, usable_bytes=_usable(139.8), watts=700.0, **_H100)
 
 CHIPS = (V4, V5E, V5P, V6E, V7X, T4, L4, A100_40GB, A100_80GB, H100, H100_PCIE, H200)
 

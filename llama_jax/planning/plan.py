@@ -62,7 +62,9 @@ class Exchange:
     bytes: float
     """Of the whole arrays; see `Collective.bytes`."""
     seconds_ici: float
+    """On the links within a slice, or a host of GPUs."""
     seconds_dcn: float
+    """On the network between these."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _CHIPS: dict[str, Chip] = {chip.name: chip for chip in (V4, V5E, V5P, V6E)}
 _CORES_IN_NAME = {"v4": 2, "v5p": 2}
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "a100": "a100-80gb"}
 
-GPUS: dict[str, Chip] = {chip.name.lower().replace(" ", "-"): chip for chip in CHIPS if chip.is_gpu}
+GPUS: dict[str, Chip] = {chip.slug: chip for chip in CHIPS if chip.is_gpu}
 GPUS_OF_HOST = 8
 """At most. Our choice: as NVIDIA's own hosts and most clouds' largest have it."""
 
@@ -42,9 +42,7 @@ class Topology:
     @property
     def name(self) -> str:
         """As it is asked for: v5p:4x4x4, or h100:32."""
-        if self.chip.is_gpu:
-            return f"{self.chip.name.lower().replace(' ', '-')}:{self.chips}"
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return f"{self.chip.slug}:{self.chips if self.chip.is_gpu else 'x'.join(map(str, self.shape))}"
 
     @property
     def chips(self) -> int:
