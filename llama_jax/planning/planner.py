@@ -44,11 +44,15 @@ def plan_recipe(
     """
     sizes = mesh_sizes_of(config.mesh, topology.chips, topology.slices)
 
+    made: dict[str, Plan] = {}
+
     def planned(job: Job) -> Plan:
-        plan = kept_or_made(job, topology, fresh)
-        if search:
-            say(f"{plan.flags()}: {f'{plan.seconds.bound:.3g} s a step' if plan.fits else format_refusal(plan)}")
-        return plan
+        key = cache.key_of(job, topology)
+        if key not in made:  # a search comes by the recipe itself again
+            plan = made[key] = kept_or_made(job, topology, fresh)
+            if search:
+                say(f"{plan.flags()}: {f'{plan.seconds.bound:.3g} s a step' if plan.fits else format_refusal(plan)}")
+        return made[key]
 
     own = planned(job_of(config, model, sizes))
     if not search:

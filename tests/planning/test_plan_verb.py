@@ -13,6 +13,7 @@ import pytest
 from llama_jax import cli
 from llama_jax.config import LLAMA2_7B, LLAMA2_13B, LLAMA2_34B, LLAMA2_70B, LlamaConfig
 from llama_jax.data.pairs import PreferenceConfig
+from llama_jax.parallel.mesh import mesh_sizes_of
 from llama_jax.planning import cache, planner
 from llama_jax.planning.compiling import ENVIRONMENT, Refused
 from llama_jax.planning.generation_programs import ppo_jobs
@@ -157,6 +158,18 @@ def test_a_search_prints_the_flags_of_what_fits_and_still_ends_with_2(planned):
     code, out, err = planned("pretrain_7b", "--topology", "v5e:4x4", "--search", make=make)
     assert code == 2 and "what fits: --mesh fsdp=16 --micro-batches 16 --compute.remat full" in err
     assert "mesh fsdp=16, 16 micro-batches" in out
+
+
+def test_a_search_compiles_no_program_twice(planned):
+    """The recipe as it is stands among what a search tries, and --fresh would compile it anew."""
+    asked = []
+
+    def make(job):
+        asked.append((job.config.mesh, job.config.micro_batches, job.config.compute.remat))
+        return replace(PLAN, mesh=mesh_sizes_of(job.config.mesh, 16), remat=job.config.compute.remat)
+
+    code, *_ = planned("pretrain_7b", "--topology", "v5e:4x4", "--search", "--fresh", "--mesh", "fsdp=16", make=make)
+    assert code == 0 and len(asked) > 2 and len(set(asked)) == len(asked)
 
 
 def test_the_numbers_of_a_plan_by_hand(planned):
