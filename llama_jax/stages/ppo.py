@@ -242,7 +242,8 @@ def train(
                 if name := stop.received(2 * iteration):
                     if iteration > start:
                         save(saved, prepared, recipe, trained, iteration, best)
-                    raise Preempted(f"{name} received: iteration {iteration} is saved; start it again to go on")
+                    kept = f"iteration {iteration} is saved" if iteration else "no iteration was finished"
+                    raise Preempted(f"{name} received: {kept}; start it again to go on")
                 try:
                     experience, values = experienced(prepared, parts, trained, prompts, drawn)
                 except UserError:

@@ -14,7 +14,7 @@ from llama_jax import cli
 from llama_jax.config import Compute
 from llama_jax.conversion.load import load_model
 from llama_jax.data.prompts import PromptsConfig
-from llama_jax.errors import UserError
+from llama_jax.errors import Preempted, UserError
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.ppo_models import Actors, first_critic, read_frozen
 from llama_jax.generation.rewards import load_reward_model, reward_info
@@ -27,6 +27,7 @@ from llama_jax.training.checkpoint import find_checkpoints, flat, read_metadata,
 from llama_jax.training.held_out_pairs import Findings
 from llama_jax.training.loop import LoopConfig
 from llama_jax.training.metrics import read_metrics
+from llama_jax.training.preemption import StopSignal
 from tests.stages.reward_models import write_reward_model
 from tests.stages.runs import assert_same_run, newest, on_one_device, stopped_at
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -261,6 +262,14 @@ def test_a_stop_changes_nothing_wherever_it_comes(recipe, judges, trained, tmp_p
             ppo.run(config)
         ppo.run(dataclasses.replace(config, resume="must"))
         assert_same_run(Path(config.out), trained)
+
+
+def test_a_stop_before_anything_was_learned_claims_nothing(recipe, judges, tmp_path, monkeypatch):
+    config = dataclasses.replace(recipe, **judges, out=str(tmp_path / "run"))
+    monkeypatch.setattr(StopSignal, "received", lambda self, asked: "SIGTERM")
+    with pytest.raises(Preempted, match="no iteration was finished; start it again"):
+        ppo.run(config)
+    assert not [path for path in (tmp_path / "run" / "checkpoints").glob("*") if path.name.isdigit()]
 
 
 def test_the_result_is_a_model_like_any_other(trained, base):
